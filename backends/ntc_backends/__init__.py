@@ -1,0 +1,1 @@
+"""The back ends that ship with ntc, registered through entry points like anybody else's."""

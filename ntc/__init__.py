@@ -1,0 +1,32 @@
+"""ntc: a compiler that turns pretrained language models into spiking networks.
+
+>>> import ntc
+>>> program = ntc.capture("path/to/gpt2")                      # doctest: +SKIP
+>>> spiking = ntc.compile("path/to/gpt2", steps=4).program     # doctest: +SKIP
+"""
+
+from ntc.errors import ArtifactError as ArtifactError
+from ntc.errors import BackendError as BackendError
+from ntc.errors import CaptureError as CaptureError
+from ntc.errors import ConfigError as ConfigError
+from ntc.errors import DataError as DataError
+from ntc.errors import NtcError as NtcError
+from ntc.errors import PassError as PassError
+from ntc.errors import VerifyError as VerifyError
+from ntc.frontend import capture as capture
+from ntc.pipeline import Calibration as Calibration
+from ntc.pipeline import Context as Context
+from ntc.pipeline import Override as Override
+from ntc.pipeline import Pass as Pass
+from ntc.pipeline import PassResult as PassResult
+from ntc.pipeline import run_pipeline as run_pipeline
+from ntc.program import Program as Program
+from ntc.recipe import Recipe as Recipe
+from ntc.recipe import Step as Step
+from ntc.spike_type import SpikeType as SpikeType
+
+__all__ = [
+    "ArtifactError", "BackendError", "Calibration", "CaptureError", "ConfigError", "Context", "DataError", "NtcError",
+    "Override", "Pass", "PassError", "PassResult", "Program", "Recipe", "SpikeType", "Step", "VerifyError", "capture",
+    "run_pipeline",
+]  # fmt: skip

@@ -1,0 +1,323 @@
+"""Capture: a Hugging Face model, a folder, a hub id or any ``nn.Module`` becomes a ``Program``.
+
+``torch.export`` (non-strict) is the way in; its graph is the pass IR. Hugging Face models are exported with an attention
+function of ours, so that every decoder architecture shows its attention as one ``ntc::attention`` node and no mask
+arithmetic. Other modules are exported as they are; the ``canonicalize`` pass brings both to one dialect.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import Graph, GraphModule
+
+import ntc.ops
+from ntc.errors import CaptureError, NtcError
+from ntc.meta import stamp_captured
+from ntc.program import ModelInfo, PassRecord, Program
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["CAPTURE_TOLERANCE", "capture", "load_model", "load_tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+# Largest |difference| of logits between the model and its capture, both in fp32.
+CAPTURE_TOLERANCE = 1e-4
+
+_ATTENTION = "ntc"
+
+
+def capture(model: nn.Module | str | Path, example: Tensor | Sequence[Tensor] | None = None) -> Program:
+    """Capture a causal language model as a ``Program``.
+
+    Args:
+        model: A folder in Hugging Face form, a hub id, a ``PreTrainedModel``, or any module that maps token ids ``[B, L]``
+            to logits ``[B, L, V]`` (or to a tuple that holds them). The model is not changed; bf16 and fp16 weights are
+            captured in fp32.
+        example: Token ids ``[B, L]`` with B, L >= 2; needed for modules that are not Hugging Face models.
+
+    Returns:
+        The program, with batch and length dynamic, checked against the model on the example.
+
+    Raises:
+        CaptureError: If the model cannot be loaded, is no causal language model, cannot be exported, or if the capture
+            disagrees with it.
+    """
+    import transformers
+
+    if isinstance(model, str | Path):
+        source = str(model)
+        module: nn.Module = load_model(model)
+    else:
+        source, module = type(model).__name__, model
+    if isinstance(example, Sequence) and not isinstance(example, Tensor):
+        example = example[0] if example else None
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
+        module = copy.deepcopy(module).float()
+    if isinstance(module, transformers.PreTrainedModel):
+        return _capture_hugging_face(module, source, example)
+    if example is None:
+        raise CaptureError(f"{source} is not a Hugging Face model: give example token ids, capture(model, example=ids)")
+    return _capture(module, source, example, config=None)
+
+
+def _capture_hugging_face(model: PreTrainedModel, source: str, example: Tensor | None) -> Program:
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise CaptureError(f"{type(model).__name__} is an encoder-decoder model; ntc compiles causal language models")
+    if model.get_output_embeddings() is None:
+        raise CaptureError(f"{type(model).__name__} has no language-model head; ntc compiles causal language models")
+    if example is None:
+        length = max(2, min(12, int(getattr(config, "max_position_embeddings", 12) or 12)))
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randint(0, config.vocab_size, (2, length), generator=generator)
+    with _our_attention(model):
+        return _capture(model, source, example, config=config.to_dict(), reference=_own_attention_logits)
+
+
+def _own_attention_logits(model: nn.Module, example: Tensor) -> Tensor:
+    """Logits by the model's stock eager attention: an independent reference for ours."""
+    pretrained: Any = model
+    ours = pretrained.config._attn_implementation
+    pretrained.set_attn_implementation("eager")
+    try:
+        return _logits_of(model(input_ids=example, use_cache=False))
+    finally:
+        pretrained.set_attn_implementation(ours)
+
+
+def _attention_node(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls while we export: heads ``[B, H, L, D]`` in, ``[B, L, H, D]`` out."""
+    if getattr(module, "is_causal", True) is False:
+        raise CaptureError(f"{type(module).__name__} attends to later tokens: ntc compiles causal language models, not encoders")
+    for feature in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(feature) is not None:
+            raise CaptureError(f"{type(module).__name__} uses {feature}, which ntc does not capture yet")
+
+    def merged(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    y = torch.ops.ntc.attention(merged(query), merged(key), merged(value), query.shape[1], key.shape[1], float(scale))
+    return y.unflatten(-1, (query.shape[1], -1)), None
+
+
+@contextmanager
+def _our_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Switch a model to our attention function, and back."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(_ATTENTION, _attention_node)  # type: ignore[no-untyped-call]
+    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)  # type: ignore[no-untyped-call]
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(_ATTENTION)
+    except Exception as error:
+        raise CaptureError(f"{type(model).__name__} does not let its attention be replaced: {error}") from error
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before or "eager")
+
+
+class _Logits(nn.Module):
+    """Makes any model a function from token ids to logits."""
+
+    def __init__(self, model: nn.Module, hugging_face: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.hugging_face = hugging_face
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return _logits_of(self.model(input_ids=input_ids, use_cache=False) if self.hugging_face else self.model(input_ids))
+
+
+def _logits_of(output: Any) -> Tensor:
+    """The logits among a model's outputs: ``.logits``, or the first tensor of rank 3."""
+    candidates = [getattr(output, "logits", None), output, *(output if isinstance(output, tuple | list) else ())]
+    for value in candidates:
+        if isinstance(value, Tensor) and value.dim() == 3:
+            return value
+    raise CaptureError("the model returns no tensor of shape [B, L, V]: ntc needs logits for every position")
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+
+def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, Any] | None, reference: Any = None) -> Program:
+    if example.dim() != 2 or min(example.shape) < 2 or example.is_floating_point():
+        raise CaptureError(f"example token ids must be integers of shape [B, L] with B, L >= 2, got {tuple(example.shape)}")
+    wrapper = _Logits(module, hugging_face=config is not None)
+    with _eval_mode(wrapper), torch.no_grad():
+        try:
+            exported = torch.export.export(
+                wrapper, (example,), dynamic_shapes={"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}, strict=False
+            )
+        except NtcError:
+            raise
+        except Exception as error:  # torch.export raises many kinds; all mean that this model cannot be captured
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise CaptureError(f"torch.export could not capture {source}: {reason}") from error
+        expected = reference(module, example) if reference else wrapper(example)
+    lifted = exported.module(check_guards=False)
+    assert isinstance(lifted, GraphModule)
+    program = Program(_plain(lifted, "model."), _info(module, source, expected, config), example, frozenset({"captured"}))
+    program.refresh()
+    _check_dynamic(program, source)
+    with torch.no_grad():
+        drift = float((program.module(example) - expected).abs().max())
+    if not drift <= CAPTURE_TOLERANCE:
+        raise CaptureError(f"the capture of {source} differs from the model by {drift:.3g} in its logits (limit {CAPTURE_TOLERANCE:g})")
+    program.with_record(PassRecord("capture", {"source": source}, sites=len(program.graph.nodes), drift=drift))
+    return program
+
+
+def _plain(exported: GraphModule, prefix: str) -> GraphModule:
+    """The exported graph as a plain one: no pytree code, no guards, each weight once and under the model's name."""
+    graph = Graph()
+    names: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    mapping: dict[Any, Any] = {}
+    for node in exported.graph.nodes:
+        if node.op == "call_module":  # guards on the input, which Program.__call__ checks itself
+            continue
+        if node.op == "output":
+            (result,) = torch.fx.node._flatten(node.args) if hasattr(torch.fx.node, "_flatten") else node.all_input_nodes
+            graph.output(mapping[result])
+            continue
+        if node.op == "get_attr":
+            value: Any = exported
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            name = names.setdefault(id(value), str(node.target).removeprefix(prefix))
+            if name in tensors:
+                mapping[node] = next(n for n in graph.nodes if n.op == "get_attr" and n.target == name)
+                continue
+            tensors[name] = value
+            new = graph.get_attr(name)
+            new.name = graph._graph_namespace.create_name(name.replace(".", "_"), new)
+        else:
+            new = graph.node_copy(node, lambda n: mapping[n])
+        new.meta = dict(node.meta)
+        mapping[node] = new
+    stamp_captured(graph, strip_prefix="model")
+    module = GraphModule(tensors, graph, "Program")
+    module.eval()
+    return module
+
+
+def _info(module: nn.Module, source: str, logits: Tensor, config: dict[str, Any] | None) -> ModelInfo:
+    return ModelInfo(
+        source=source,
+        architecture=type(module).__name__,
+        vocab_size=logits.shape[-1],
+        context=int((config or {}).get("max_position_embeddings") or (config or {}).get("n_positions") or 0),
+        parameters=sum(p.numel() for p in module.parameters()),
+        config={k: v for k, v in (config or {}).items() if isinstance(v, str | int | float | bool | type(None))},
+    )
+
+
+def _check_dynamic(program: Program, source: str) -> None:
+    placeholder = next((n for n in program.graph.nodes if n.op == "placeholder"), None)
+    if placeholder is None or not placeholder.users:
+        raise CaptureError(f"{source} does not use its input ids")
+
+
+def load_model(source: str | Path) -> PreTrainedModel:
+    """Load a causal language model from a folder, or from the hub if there is no such folder.
+
+    Raises:
+        CaptureError: Says in one sentence why it cannot be had.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name, path = str(source), Path(source)
+    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix != ""
+    if not path.exists() and looks_local:
+        raise CaptureError(f"there is no folder {name}")
+    if path.exists() and not (path / "config.json").is_file():
+        raise CaptureError(f"{name} holds no config.json: it is not a Hugging Face model folder")
+    with _quiet(transformers):
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except Exception as error:
+            kind = "read" if path.exists() else "find on disk or on the hub"
+            raise CaptureError(f"could not {kind} the model {name}: {_first_line(error)}") from error
+        architectures = list(getattr(config, "architectures", None) or [])
+        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        if architectures and not known & set(architectures):
+            raise CaptureError(f"{name} is a {architectures[0]}, not a causal language model")
+        if getattr(config, "is_encoder_decoder", False) or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise CaptureError(f"{name} is a {config.model_type} model, not a causal language model")
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True
+            )
+        except Exception as error:
+            raise CaptureError(f"could not load the weights of {name}: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing or report.get("mismatched_keys"):
+        what = missing or sorted(str(k) for k in report["mismatched_keys"])
+        raise CaptureError(f"the weights of {name} lack {len(what)} tensors that the model needs, such as {what[0]}")
+    model.eval()
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def load_tokenizer(source: str | Path) -> Any | None:
+    """The tokenizer beside a model, or None if there is none."""
+    import transformers
+
+    path = Path(source)
+    if path.exists() and not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    with _quiet(transformers):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(str(source))
+        except Exception as error:  # a model without a usable tokenizer still compiles
+            logger.warning("no tokenizer in %s: %s", source, _first_line(error))
+            return None
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Keep transformers' warnings and progress bars out of our output."""
+    log = transformers.utils.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bar:
+            log.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+_ = ntc.ops  # registers the ops that capture emits

@@ -1,0 +1,24 @@
+"""The ops of the dialect: importing this registers them with torch and with the compiler."""
+
+from ntc.ops.aten import aten as aten
+from ntc.ops.attention import attention as attention
+from ntc.ops.decode import decode as decode
+from ntc.ops.if_neuron import integrate_fire as integrate_fire
+from ntc.ops.if_rate import if_rate as if_rate
+from ntc.ops.lif_neuron import leaky_integrate_fire as leaky_integrate_fire
+from ntc.ops.position_scale import position_scale as position_scale
+from ntc.ops.spec import SPECS as SPECS
+from ntc.ops.spec import Counts as Counts
+from ntc.ops.spec import Operand as Operand
+from ntc.ops.spec import OpSpec as OpSpec
+from ntc.ops.spec import TypeMismatch as TypeMismatch
+from ntc.ops.spec import register as register
+from ntc.ops.spec import spec_of as spec_of
+from ntc.ops.spec import timed as timed
+from ntc.ops.spiking_attention import spiking_attention as spiking_attention
+from ntc.ops.spiking_attention import spiking_attention_stream as spiking_attention_stream
+
+__all__ = [
+    "SPECS", "Counts", "OpSpec", "Operand", "TypeMismatch", "aten", "attention", "decode", "if_rate", "integrate_fire",
+    "leaky_integrate_fire", "position_scale", "register", "spec_of", "spiking_attention", "spiking_attention_stream", "timed",
+]  # fmt: skip

@@ -1,0 +1,118 @@
+"""The ATen ops of the dialect: what types they take and what they cost.
+
+After ``canonicalize`` a GPT-2 consists of these and ``ntc::attention``. An ATen op that is not listed here is kept as an
+analog op on the host, takes no spikes, and is named in every report as uncounted if it holds multiply-accumulates.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.fx import Node
+
+from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, host_rule, register
+from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType
+
+__all__ = ["aten"]
+
+aten = torch.ops.aten
+
+
+def _linear_type(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    x = node.args[0]
+    assert isinstance(x, Node)
+    given = type_of(x)
+    if isinstance(given, SpikeType):
+        return CurrentType(given.steps, given.code)
+    if isinstance(given, Analog | RateType):
+        return ANALOG
+    raise TypeMismatch(f"a linear layer takes spikes or analog values, and %{x.name} is {given}", x)
+
+
+def _linear_count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    x, fan_out = operands[0], operands[1].shape[0]
+    if not isinstance(x.type, SpikeType):
+        dense = x.numel * fan_out
+        return Counts(dense_macs=dense, macs=dense)
+    dense, events = x.numel // x.type.steps * fan_out, x.nonzero * fan_out
+    if x.type.levels == "graded":
+        return Counts(dense_macs=dense, graded_macs=events)
+    return Counts(dense_macs=dense, acs=events)
+
+
+def _scale_type(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    """Multiplication by a constant keeps a train a train: spikes become graded, currents stay currents."""
+    inputs = node.all_input_nodes
+    given = [type_of(a) for a in inputs]
+    moving = [(a, t) for a, t in zip(inputs, given, strict=True) if isinstance(t, SpikeType | CurrentType | RateType)]
+    if not moving:
+        return host_rule(node, type_of)
+    if len(moving) > 1 or any(a.op != "get_attr" for a in inputs if a is not moving[0][0]):
+        raise TypeMismatch(f"{node.target} scales spikes by a constant only", moving[-1][0])
+    value = moving[0][1]
+    if isinstance(value, SpikeType):
+        constant = next((a for a in inputs if a.op == "get_attr"), None)
+        shape = tuple(constant.meta["val"].shape) if constant is not None else ()
+        return SpikeType(value.steps, value.code, "graded", "channel" if shape and shape[-1] != 1 else "tensor")
+    return ANALOG if isinstance(value, RateType) else value
+
+
+def _per_element(factor: float) -> Callable[[Node, Sequence[Operand], Operand, dict[str, float]], Counts]:
+    def count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+        return Counts(elementwise=factor * result.numel)
+
+    return count
+
+
+def _free(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    return Counts()
+
+
+def _matmul_count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    dense = result.numel * operands[0].shape[-1]
+    return Counts(dense_macs=dense, macs=dense)
+
+
+def _addmm_count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    dense = result.numel * operands[1].shape[-1]
+    return Counts(dense_macs=dense, macs=dense)
+
+
+def _sdpa_count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    length = operands[1].shape[-2]
+    dense = operands[0].numel * length + result.numel * length
+    return Counts(dense_macs=dense, macs=dense, elementwise=3 * operands[0].numel // operands[0].shape[-1] * length)
+
+
+register(OpSpec(aten.linear.default, _linear_type, _linear_count, element="projection", kind="projection"))
+register(OpSpec(aten.mul.Tensor, _scale_type, _per_element(1), element="scale"))
+for _op in (aten.matmul.default, aten.mm.default, aten.bmm.default):
+    register(OpSpec(_op, host_rule, _matmul_count, kind="projection"))
+register(OpSpec(aten.addmm.default, host_rule, _addmm_count, kind="projection"))
+register(OpSpec(aten.scaled_dot_product_attention.default, host_rule, _sdpa_count, kind="attention"))
+
+# Elementwise arithmetic per output element: counted, never costed (see Counts.elementwise).
+for _op, _factor, _kind in (
+    (aten.layer_norm.default, 8, "norm"), (aten.rms_norm.default, 5, "norm"), (aten.gelu.default, 8, "activation"),
+    (aten.relu.default, 1, "activation"), (aten.silu.default, 5, "activation"), (aten.tanh.default, 5, "activation"),
+    (aten.sigmoid.default, 4, "activation"), (aten.erf.default, 5, "activation"), (aten.softmax.int, 3, "attention"),
+    (aten._softmax.default, 3, "attention"), (aten.add.Tensor, 1, "elementwise"), (aten.sub.Tensor, 1, "elementwise"),
+    (aten.div.Tensor, 1, "elementwise"), (aten.pow.Tensor_Scalar, 1, "elementwise"), (aten.rsqrt.default, 2, "norm"),
+    (aten.mean.dim, 1, "norm"), (aten.masked_fill.Scalar, 1, "attention"), (aten.exp.default, 3, "elementwise"),
+    (aten.cos.default, 3, "elementwise"), (aten.sin.default, 3, "elementwise"), (aten.neg.default, 1, "elementwise"),
+):  # fmt: skip
+    register(OpSpec(_op, host_rule, _per_element(_factor), kind=_kind))
+
+# A look-up or a change of layout moves data and computes nothing.
+register(OpSpec(aten.embedding.default, host_rule, _free, kind="embedding"))
+for _op in (
+    aten.arange.default, aten.arange.start, aten.unsqueeze.default, aten.view.default, aten.reshape.default,
+    aten.transpose.int, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.sym_size.int, aten.split.Tensor,
+    aten.split_with_sizes.default, aten.cat.default, aten.contiguous.default, aten.clone.default, aten.select.int,
+    aten.unflatten.int, aten.flatten.using_ints, aten.t.default, aten.to.dtype, aten._to_copy.default, aten.chunk.default,
+    aten.index.Tensor, aten.squeeze.dim, aten.full.default, aten.ones.default, aten.zeros.default, aten.tril.default,
+    aten._unsafe_view.default, operator.getitem, operator.add, operator.mul, operator.sub, operator.floordiv,
+):  # fmt: skip
+    register(OpSpec(_op, host_rule, _free, kind="layout"))

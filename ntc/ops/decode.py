@@ -1,0 +1,87 @@
+r"""From a train of spikes or currents back to one analog value per neuron.
+
+    rate    y = (1/T) sum_t s(t)
+    count   y = sum_t s(t)
+    phase   y = sum_t 2**-(t+1) s(t),  t = 0..T-1
+
+The code is part of the train's type; decoding by another one does not compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.spike_type import ANALOG, CurrentType, NodeType, SpikeType
+
+__all__ = ["DECODE", "decode", "decode_weights"]
+
+
+def decode_weights(code: str, steps: int) -> list[float]:
+    """Weight d(t) of each time step in the decoded sum."""
+    if code == "rate":
+        return [1.0 / steps] * steps
+    if code == "count":
+        return [1.0] * steps
+    if code == "phase":
+        return [2.0 ** -(t + 1) for t in range(steps)]
+    raise ValueError(f"unknown spike code {code!r}")
+
+
+@torch.library.custom_op("ntc::decode", mutates_args=())
+def decode(train: Tensor, code: str) -> Tensor:
+    """Decode a train ``[T, ...]`` of spikes or currents to its value ``[...]``.
+
+    Args:
+        train: Spikes or currents, axis 0 is the time step.
+        code: ``rate``, ``count`` or ``phase``.
+
+    Returns:
+        The decoded value, without axis 0.
+    """
+    if code == "rate":
+        return train.mean(0)
+    if code == "count":
+        return train.sum(0)
+    weights = torch.tensor(decode_weights(code, train.shape[0]), dtype=train.dtype, device=train.device)
+    return torch.tensordot(weights, train, dims=1)
+
+
+@decode.register_fake
+def _fake(train: Tensor, code: str) -> Tensor:
+    return train.new_empty(train.shape[1:])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    train, ctx.code = inputs
+    ctx.steps = train.shape[0]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return torch.stack([grad * w for w in decode_weights(ctx.code, ctx.steps)]), None
+
+
+decode.register_autograd(_backward, setup_context=_setup)
+
+
+def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    train, code = node.args
+    assert isinstance(train, Node)
+    given = type_of(train)
+    if not isinstance(given, SpikeType | CurrentType):
+        raise TypeMismatch(f"decode takes spikes or currents, and %{train.name} is {given}", train)
+    if given.code != code:
+        raise TypeMismatch(f"decode reads the {code} code, and %{train.name} is {given}", train)
+    return ANALOG
+
+
+def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    return Counts(elementwise=operands[0].numel)
+
+
+DECODE = register(OpSpec(target=torch.ops.ntc.decode.default, infer=_infer, count=_count, element="decode", kind="decode"))

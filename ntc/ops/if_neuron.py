@@ -1,0 +1,155 @@
+r"""Integrate-and-fire neuron with soft reset, binary or ternary.
+
+Per neuron and time step t = 1..T, with threshold theta and initial membrane potential ``v(0) = v0 theta``:
+
+    u(t) = v(t-1) + x(t)
+    s(t) = 1[u(t) >= theta]                        binary
+    s(t) = 1[u(t) >= theta] - 1[u(t) < 0]          signed (ternary)
+    v(t) = u(t) - theta s(t)
+
+The comparison is ``>=``, the reset subtracts. For a constant current x the number of spikes has a closed form
+(Bu et al. 2022, ICLR, QCFS; Hu et al. 2023 and SpikeZIP-TF for the signed neuron):
+
+    sum_t s(t) = clip(floor(v0 + T x / theta), 0, T)      binary
+    sum_t s(t) = clip(floor(v0 + T x / theta), -T, T)     signed
+
+so with ``v0 = 1/2`` the rate is ``x / theta`` rounded to the nearest multiple of 1/T, and the rounding error has mean
+zero at any T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.spike_type import Analog, CurrentType, NodeType, SpikeType
+from ntc.surrogate import surrogate
+
+__all__ = ["IF_NEURON", "count_oracle", "integrate_fire"]
+
+
+@torch.library.custom_op("ntc::integrate_fire", mutates_args=())
+def integrate_fire(
+    current: Tensor, threshold: Tensor, steps: int, signed: bool, v0: float, timed: bool, surrogate: str, width: float
+) -> Tensor:
+    """Run IF neurons for T steps (see the module's docstring for the dynamics).
+
+    Args:
+        current: Input current, ``[B, L, C]`` (constant over the steps) or ``[T, B, L, C]`` if ``timed``.
+        threshold: Firing threshold theta > 0, shape ``[C]`` or ``[1]``, in units of the current.
+        steps: T, number of time steps.
+        signed: Ternary spikes.
+        v0: Initial membrane potential as a fraction of theta.
+        timed: Whether axis 0 of ``current`` is the time step.
+        surrogate: Name of the surrogate gradient.
+        width: Its width, as a fraction of theta.
+
+    Returns:
+        Spikes ``[T, B, L, C]`` in the dtype of the current.
+    """
+    v = torch.zeros_like(current[0] if timed else current) + v0 * threshold
+    spikes = current.new_empty((steps, *v.shape))
+    for t in range(steps):
+        v = v + (current[t] if timed else current)
+        s = (v >= threshold).to(v.dtype)
+        if signed:
+            s = s - (v < 0).to(v.dtype)
+        v = v - s * threshold
+        spikes[t] = s
+    return spikes
+
+
+@integrate_fire.register_fake
+def _fake(
+    current: Tensor, threshold: Tensor, steps: int, signed: bool, v0: float, timed: bool, surrogate: str, width: float
+) -> Tensor:
+    shape = current.shape[1:] if timed else current.shape
+    return current.new_empty((steps, *shape))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    current, threshold, ctx.steps, ctx.signed, ctx.v0, ctx.timed, ctx.surrogate, ctx.width = inputs
+    ctx.save_for_backward(current, threshold, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Back-propagation through time with the surrogate in place of ds/du.
+
+    With ``g(t) = dL/ds(t)`` and ``G(t) = dL/dv(t)`` (from the steps after t):
+    ``dL/du(t) = G(t) + (g(t) - theta G(t)) h(t)``, ``h = ds/du``; ``G(t-1) = dL/du(t)``.
+    """
+    current, threshold, spikes = ctx.saved_tensors
+    derivative = surrogate(ctx.surrogate)
+    potentials, v = [], torch.zeros_like(spikes[0]) + ctx.v0 * threshold
+    for t in range(ctx.steps):  # the membrane before firing is made again from the spikes: cheaper than storing it
+        u = v + (current[t] if ctx.timed else current)
+        potentials.append(u)
+        v = u - spikes[t] * threshold
+    carried = torch.zeros_like(spikes[0])
+    grad_threshold = torch.zeros_like(spikes[0])
+    grad_current: list[Tensor] = []
+    for t in reversed(range(ctx.steps)):
+        u = potentials[t]
+        to_spike = grad[t] - threshold * carried
+        upper = derivative((u - threshold) / threshold, ctx.width) / threshold
+        slope = upper + derivative(u / threshold, ctx.width) / threshold if ctx.signed else upper
+        # theta enters through the upper comparison (ds/dtheta = -h u / theta), the reset and the initial potential.
+        grad_threshold = grad_threshold - to_spike * upper * u / threshold - carried * spikes[t]
+        carried = carried + to_spike * slope
+        grad_current.append(carried)
+    grad_threshold = grad_threshold + ctx.v0 * carried
+    by_step = torch.stack(grad_current[::-1])
+    extra = grad_threshold.dim() - threshold.dim()
+    reduced = grad_threshold.sum(dim=tuple(range(extra)))
+    if threshold.shape[-1] == 1:
+        reduced = reduced.sum(dim=-1, keepdim=True)
+    return (by_step if ctx.timed else by_step.sum(0)), reduced, None, None, None, None, None, None
+
+
+integrate_fire.register_autograd(_backward, setup_context=_setup)
+
+
+def count_oracle(current: Tensor, threshold: Tensor, steps: int, signed: bool, v0: float) -> Tensor:
+    """Number of spikes for a constant current, in closed form (float64).
+
+    Args:
+        current: Constant input current, ``[..., C]``.
+        threshold: ``[C]`` or ``[1]``, > 0.
+        steps: T.
+        signed: Ternary spikes.
+        v0: Initial membrane potential as a fraction of theta.
+
+    Returns:
+        ``sum_t s(t)``, same shape as the current, float64.
+    """
+    counts = torch.floor(v0 + steps * current.double() / threshold.double())
+    return counts.clamp(-steps if signed else 0, steps)
+
+
+def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    current, steps, signed, is_timed = node.args[0], node.args[2], node.args[3], node.args[5]
+    assert isinstance(current, Node) and isinstance(steps, int)
+    given = type_of(current)
+    if is_timed:
+        if not isinstance(given, CurrentType) or given.steps != steps:
+            raise TypeMismatch(f"neurons with T={steps} take a current of as many steps, and %{current.name} is {given}", current)
+    elif not isinstance(given, Analog):
+        raise TypeMismatch(f"neurons with a constant input take an analog current, and %{current.name} is {given}", current)
+    return SpikeType(steps, "rate", "ternary" if signed else "binary")
+
+
+def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    return Counts(neuron_updates=result.numel, spikes=result.nonzero, neurons=result.shape[-1])
+
+
+
+IF_NEURON = register(
+    OpSpec(
+        target=torch.ops.ntc.integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons"
+    )
+)

@@ -1,0 +1,127 @@
+r"""Leaky integrate-and-fire neuron, soft or hard reset.
+
+Per neuron and time step, with membrane time constant tau >= 1 [steps], resting and reset potential 0 (Fang et al.
+2021, arXiv 2007.05785, and Spikformer, Zhou et al. 2023, use tau = 2, theta = 1, hard reset):
+
+    u(t) = v(t-1) + (x(t) - v(t-1)) / tau
+    s(t) = 1[u(t) >= theta]
+    v(t) = u(t) - theta s(t)        soft reset
+    v(t) = u(t) (1 - s(t))          hard reset
+
+Without spikes a constant current x drives the membrane to ``u(t) = x + (v(0) - x) (1 - 1/tau)**t``, so with v(0) = 0 the
+neuron fires first at ``t = ceil(log(1 - theta / x) / log(1 - 1 / tau))`` for x > theta, and never for x < theta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.spike_type import Analog, CurrentType, NodeType, SpikeType
+from ntc.surrogate import surrogate
+
+__all__ = ["LIF_NEURON", "first_spike_oracle", "leaky_integrate_fire"]
+
+
+@torch.library.custom_op("ntc::leaky_integrate_fire", mutates_args=())
+def leaky_integrate_fire(
+    current: Tensor, threshold: Tensor, tau: float, steps: int, hard_reset: bool, timed: bool, surrogate: str, width: float
+) -> Tensor:
+    """Run LIF neurons for T steps from v(0) = 0 (see the module's docstring for the dynamics).
+
+    Args:
+        current: Input current, ``[B, L, C]`` (constant) or ``[T, B, L, C]`` if ``timed``.
+        threshold: Firing threshold theta > 0, ``[C]`` or ``[1]``.
+        tau: Membrane time constant [steps], >= 1.
+        steps: T.
+        hard_reset: Reset to 0 instead of subtracting theta.
+        timed: Whether axis 0 of ``current`` is the time step.
+        surrogate: Name of the surrogate gradient.
+        width: Its width, as a fraction of theta.
+
+    Returns:
+        Spikes ``[T, B, L, C]``.
+    """
+    v = torch.zeros_like(current[0] if timed else current)
+    spikes = current.new_empty((steps, *v.shape))
+    for t in range(steps):
+        u = v + ((current[t] if timed else current) - v) / tau
+        s = (u >= threshold).to(u.dtype)
+        v = u * (1 - s) if hard_reset else u - s * threshold
+        spikes[t] = s
+    return spikes
+
+
+@leaky_integrate_fire.register_fake
+def _fake(
+    current: Tensor, threshold: Tensor, tau: float, steps: int, hard_reset: bool, timed: bool, surrogate: str, width: float
+) -> Tensor:
+    shape = current.shape[1:] if timed else current.shape
+    return current.new_empty((steps, *shape))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    current, threshold, ctx.tau, ctx.steps, ctx.hard, ctx.timed, ctx.surrogate, ctx.width = inputs
+    ctx.save_for_backward(current, threshold, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Back-propagation through time; the reset is part of the gradient, unlike in ``detach_reset`` implementations."""
+    current, threshold, spikes = ctx.saved_tensors
+    derivative = surrogate(ctx.surrogate)
+    potentials, v = [], torch.zeros_like(spikes[0])
+    for t in range(ctx.steps):
+        u = v + ((current[t] if ctx.timed else current) - v) / ctx.tau
+        potentials.append(u)
+        v = u * (1 - spikes[t]) if ctx.hard else u - spikes[t] * threshold
+    carried = torch.zeros_like(spikes[0])
+    grad_threshold = torch.zeros_like(spikes[0])
+    grad_current: list[Tensor] = []
+    for t in reversed(range(ctx.steps)):
+        u, s = potentials[t], spikes[t]
+        slope = derivative((u - threshold) / threshold, ctx.width) / threshold
+        to_spike = grad[t] - (u if ctx.hard else threshold) * carried
+        to_membrane = carried * ((1 - s) if ctx.hard else 1.0) + to_spike * slope
+        grad_threshold = grad_threshold - to_spike * slope * u / threshold - (0.0 if ctx.hard else 1.0) * carried * s
+        grad_current.append(to_membrane / ctx.tau)
+        carried = to_membrane * (1 - 1 / ctx.tau)
+    by_step = torch.stack(grad_current[::-1])
+    reduced = grad_threshold.sum(dim=tuple(range(grad_threshold.dim() - threshold.dim())))
+    if threshold.shape[-1] == 1:
+        reduced = reduced.sum(dim=-1, keepdim=True)
+    return (by_step if ctx.timed else by_step.sum(0)), reduced, None, None, None, None, None, None
+
+
+leaky_integrate_fire.register_autograd(_backward, setup_context=_setup)
+
+
+def first_spike_oracle(current: Tensor, threshold: Tensor, tau: float) -> Tensor:
+    """Step (from 1) of the first spike for a constant current, infinity where there is none (float64)."""
+    ratio = threshold.double() / current.double()
+    step = torch.ceil(torch.log1p(-ratio) / torch.log1p(torch.tensor(-1.0 / tau, dtype=torch.float64)))
+    return torch.where(current > threshold, step, torch.inf)
+
+
+def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    current, steps, is_timed = node.args[0], node.args[3], node.args[5]
+    assert isinstance(current, Node) and isinstance(steps, int)
+    given = type_of(current)
+    fits = given.steps == steps if is_timed and isinstance(given, CurrentType) else not is_timed and isinstance(given, Analog)
+    if not fits:
+        raise TypeMismatch(f"LIF neurons with T={steps} do not take %{current.name}, which is {given}", current)
+    return SpikeType(steps, "rate", "binary")
+
+
+def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    # The leak is one more multiplication per update than an IF neuron has.
+    return Counts(neuron_updates=result.numel, macs=result.numel, spikes=result.nonzero, neurons=result.shape[-1])
+
+
+LIF_NEURON = register(
+    OpSpec(target=torch.ops.ntc.leaky_integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons")
+)

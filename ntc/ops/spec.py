@@ -1,0 +1,153 @@
+"""What ntc knows about an op: its type rule, its operation counts and its place in a netlist.
+
+An op of ours has one file in this folder with its mathematics, kernel, fake kernel, gradient, oracle and one ``OpSpec``;
+ATen ops of the dialect share the table in ``aten.py``. Adding a neuron model is adding one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.spike_type import ANALOG, INDEX, Analog, CurrentType, Index, NodeType, RateType, SpikeType
+
+__all__ = [
+    "SPECS", "Counts", "Element", "OpSpec", "Operand", "TypeMismatch", "host_rule", "register", "spec_of", "timed",
+]  # fmt: skip
+
+
+class TypeMismatch(Exception):
+    """An op was given a value of a type that it does not take; carries the offending argument."""
+
+    def __init__(self, message: str, argument: Node | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Operations of one node on stated data. Additive over nodes.
+
+    Attributes:
+        dense_macs: Multiply-accumulates of the dense computation, nothing skipped (attention: all L x L scores).
+        macs: Multiply-accumulates with a real-valued operand that are needed (attention: j <= i only).
+        acs: Accumulates caused by binary or ternary spikes (a weight or count is added, nothing is multiplied).
+        graded_macs: Multiply-accumulates caused by graded spikes or integer payloads.
+        neuron_updates: Membrane updates: neurons x time steps; each is one accumulate.
+        elementwise: Other arithmetic (norms, activations, softmax, residual adds), counted but not costed.
+        spikes: Spikes emitted by this node.
+        neurons: Neurons that this node holds per token (0 if it is no population).
+    """
+
+    dense_macs: float = 0.0
+    macs: float = 0.0
+    acs: float = 0.0
+    graded_macs: float = 0.0
+    neuron_updates: float = 0.0
+    elementwise: float = 0.0
+    spikes: float = 0.0
+    neurons: float = 0.0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, factor: float) -> Counts:
+        return Counts(*(getattr(self, f.name) * factor for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor argument or result of a node as the counting rules see it.
+
+    Attributes:
+        shape: Concrete shape on the measured data.
+        type: Its type.
+        nonzero: Elements that were not zero, measured; for spike trains the number of events.
+    """
+
+    shape: tuple[int, ...]
+    type: NodeType
+    nonzero: float
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+
+Element: TypeAlias = Literal["population", "projection", "dynamic_product", "decode", "scale", "host"]
+TypeRule: TypeAlias = Callable[[Node, Callable[[Node], NodeType]], NodeType]
+CountRule: TypeAlias = Callable[[Node, Sequence[Operand], Operand, dict[str, float]], Counts]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """Everything that the compiler knows about one op.
+
+    Attributes:
+        target: The op overload.
+        infer: Type rule; raises ``TypeMismatch`` for types that the op does not take.
+        count: Operations from operands (tensor arguments in order), result and what ``measure`` returned;
+            None = cannot be counted, which reports list.
+        measure: Called with the tensor arguments and the result while rates are measured, for counts that need
+            more than numbers of non-zero elements.
+        element: What the node is in a netlist.
+        kind: Where its energy is booked (``attention``, ``projection``, ``norm``, ...).
+        onnx: For ops of ours: the body as an ONNX function in the text syntax of ``onnx.parser``.
+    """
+
+    target: Any
+    infer: TypeRule
+    count: CountRule | None = None
+    measure: Callable[[Sequence[Tensor], Tensor, Node], dict[str, float]] | None = None
+    element: Element = "host"
+    kind: str = "elementwise"
+    onnx: str | None = None
+    note: str = field(default="", compare=False)
+
+
+SPECS: dict[Any, OpSpec] = {}
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Enter an op into the table; an op registered twice is a mistake."""
+    if spec.target in SPECS:
+        raise ValueError(f"op {spec.target} is registered twice")
+    SPECS[spec.target] = spec
+    return spec
+
+
+def spec_of(node: Node) -> OpSpec | None:
+    """The spec of a node's op, or None if ntc has none (then it is an unknown analog op on the host)."""
+    return SPECS.get(node.target)
+
+
+def timed(value: NodeType) -> bool:
+    """Whether a value has the time-step axis."""
+    return isinstance(value, SpikeType | CurrentType)
+
+
+def host_rule(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    """The rule of ordinary ops: they take analog values and indices, never a value with a time axis."""
+    for argument in node.all_input_nodes:
+        given = type_of(argument)
+        if timed(given) or isinstance(given, RateType):
+            raise TypeMismatch(f"{node.target} takes analog values, and %{argument.name} is {given}; decode it first", argument)
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return ANALOG
+    if value is None and any(isinstance(type_of(a), Analog) for a in node.all_input_nodes):
+        return ANALOG
+    return INDEX
+
+
+def is_index(value: NodeType) -> bool:
+    """Whether a value is exact integers."""
+    return isinstance(value, Index)

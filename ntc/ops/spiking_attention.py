@@ -1,0 +1,189 @@
+r"""Causal spiking self-attention (SSA): no softmax, only spikes counted.
+
+Parallel over tokens, per head and time step (Spikformer SSA, Zhou et al. 2023, made causal by a 0/1 mask):
+
+    Y_i = sum_{j <= i} (Q_i . K_j) V_j
+
+Streaming, one token at a time, with a state per head and time step:
+
+    M_i = M_{i-1} + K_i (x) V_i,        Y_i = Q_i M_i
+
+Both are the same sum in another order. With binary or ternary Q, K, V every term is an integer, so in float32 both are
+exact, and equal to the last bit, while ``|Y| <= L D < 2**24``. The normaliser is a separate op (``position_scale``).
+
+The kernel takes any leading axes: spikes ``[T, B, L, C]``, or firing rates ``[B, L, C]`` (then the products are those of
+the mean rates, which the T-step form does not tend to: spikes of the same step meet each other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.ops.attention import merge_heads, split_heads
+from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.spike_type import ANALOG, CurrentType, NodeType, RateType, SpikeType
+
+__all__ = ["SPIKING_ATTENTION", "SPIKING_ATTENTION_STREAM", "spiking_attention", "spiking_attention_stream"]
+
+
+def _grouped(x: Tensor, heads: int, kv_heads: int) -> Tensor:
+    return split_heads(x, kv_heads).repeat_interleave(heads // kv_heads, dim=-3)
+
+
+@torch.library.custom_op("ntc::spiking_attention", mutates_args=())
+def spiking_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """Causal SSA, parallel form (see the module's docstring).
+
+    Args:
+        query: Spikes ``[T, B, L, H D]``.
+        key: Spikes ``[T, B, L, Hk D]``.
+        value: Spikes ``[T, B, L, Hk Dv]``.
+        heads: H.
+        kv_heads: Hk; divides H.
+
+    Returns:
+        Spike counts ``[T, B, L, H Dv]``: integers for spikes.
+    """
+    q, k, v = split_heads(query, heads), _grouped(key, heads, kv_heads), _grouped(value, heads, kv_heads)
+    scores = (q @ k.transpose(-2, -1)).tril()
+    return merge_heads(scores @ v).contiguous()
+
+
+@spiking_attention.register_fake
+def _fake(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1] // kv_heads * heads))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, ctx.heads, ctx.kv_heads = inputs
+    ctx.save_for_backward(query, key, value)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    query, key, value = ctx.saved_tensors
+    groups = ctx.heads // ctx.kv_heads
+    q, k, v = split_heads(query, ctx.heads), _grouped(key, ctx.heads, ctx.kv_heads), _grouped(value, ctx.heads, ctx.kv_heads)
+    g = split_heads(grad, ctx.heads)
+    to_scores = (g @ v.transpose(-2, -1)).tril()
+    scores = (q @ k.transpose(-2, -1)).tril()
+
+    def per_kv_head(x: Tensor) -> Tensor:
+        return merge_heads(x.unflatten(-3, (ctx.kv_heads, groups)).sum(-3))
+
+    return (
+        merge_heads(to_scores @ k), per_kv_head(to_scores.transpose(-2, -1) @ q),
+        per_kv_head(scores.transpose(-2, -1) @ g), None, None,
+    )  # fmt: skip
+
+
+spiking_attention.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("ntc::spiking_attention_stream", mutates_args=())
+def spiking_attention_stream(
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Causal SSA, streaming form: the tokens given are the next ones of the sequence.
+
+    Args:
+        query: Spikes ``[T, B, L, H D]``, L >= 1 new tokens.
+        key: Spikes ``[T, B, L, Hk D]``.
+        value: Spikes ``[T, B, L, Hk Dv]``.
+        state: M after the tokens so far, ``[T, B, Hk, D, Dv]``; zeros at the start.
+        heads: H.
+        kv_heads: Hk.
+
+    Returns:
+        Counts ``[T, B, L, H Dv]`` and the new state. Cost per token does not depend on the length so far.
+    """
+    q = split_heads(query, heads)
+    k, v = split_heads(key, kv_heads), split_heads(value, kv_heads)
+    memory, rows = state.clone(), []
+    for i in range(query.shape[-2]):
+        memory = memory + k[..., i, :].unsqueeze(-1) * v[..., i, :].unsqueeze(-2)
+        spread = memory.repeat_interleave(heads // kv_heads, dim=-3)
+        rows.append((q[..., i, :].unsqueeze(-2) @ spread).squeeze(-2))
+    return merge_heads(torch.stack(rows, dim=-2)).contiguous(), memory
+
+
+@spiking_attention_stream.register_fake
+def _fake_stream(
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty((*query.shape[:-1], value.shape[-1] // kv_heads * heads)), torch.empty_like(state)
+
+
+def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    arguments = [a for a in node.args[:3] if isinstance(a, Node)]
+    given = [type_of(a) for a in arguments]
+    if all(isinstance(t, RateType) for t in given):
+        return ANALOG
+    for argument, value in zip(arguments, given, strict=True):
+        if not isinstance(value, SpikeType) or value.levels == "graded":
+            raise TypeMismatch(f"spiking attention takes binary or ternary spikes, and %{argument.name} is {value}", argument)
+    first = given[0]
+    assert isinstance(first, SpikeType)
+    for argument, value in zip(arguments[1:], given[1:], strict=True):
+        assert isinstance(value, SpikeType)
+        if (value.steps, value.code) != (first.steps, first.code):
+            raise TypeMismatch(
+                f"spiking attention multiplies spikes of the same step: %{arguments[0].name} is {first}, "
+                f"%{argument.name} is {value}", argument,
+            )  # fmt: skip
+    return CurrentType(first.steps, first.code)
+
+
+def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str, float]:
+    """Accumulates that the spikes cause, exactly.
+
+    Parallel: each spike of Q_i reaches the i + 1 keys it sees; each non-zero score (an integer) is added to the active
+    channels of V_j. Streaming: each coincidence of K_j and V_j changes one entry of M; each spike of Q_i adds one row of M.
+    """
+    query, key, value = (t.detach().abs() for t in tensors[:3])
+    heads, kv_heads = node.args[3], node.args[4]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    q, k, v = split_heads(query, heads), split_heads(key, kv_heads), split_heads(value, kv_heads)
+    position = torch.arange(1, q.shape[-2] + 1, dtype=q.dtype)
+    groups = heads // kv_heads
+    scores = (q @ _grouped(key, heads, kv_heads).transpose(-2, -1)).tril()
+    nonzero_per_key = (scores != 0).to(q.dtype).sum(-2).unflatten(-2, (kv_heads, groups)).sum(-2)
+    return {
+        "scores": float((q.sum(-1) * position).double().sum()),
+        "values": float((nonzero_per_key * v.sum(-1)).double().sum()),
+        "write": float((k.sum(-1) * v.sum(-1)).double().sum()),
+        "read": float(q.double().sum()) * v.shape[-1],
+    }
+
+
+def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    shape, width = operands[0].shape, operands[0].shape[-1] + result.shape[-1]
+    length = shape[-2]
+    is_spiking = isinstance(operands[0].type, SpikeType)
+    # The dense computation that spikes replace is the one of a single pass, whatever T is.
+    tokens = operands[0].numel // shape[-1] // (operands[0].type.steps if isinstance(operands[0].type, SpikeType) else 1)
+    dense = tokens * length * width
+    if not is_spiking:
+        return Counts(dense_macs=dense, macs=tokens * (length + 1) / 2 * width)
+    return Counts(dense_macs=dense, acs=measured["scores"] + measured["values"])
+
+
+SPIKING_ATTENTION = register(
+    OpSpec(
+        target=torch.ops.ntc.spiking_attention.default, infer=_infer, count=_count, measure=_measure,
+        element="dynamic_product", kind="attention",
+    )
+)  # fmt: skip
+
+
+def _infer_stream(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    return _infer(node, type_of)
+
+
+SPIKING_ATTENTION_STREAM = register(
+    OpSpec(target=torch.ops.ntc.spiking_attention_stream.default, infer=_infer_stream, element="dynamic_product", kind="attention")
+)

@@ -1,0 +1,229 @@
+"""The pass contract and the runner that holds passes to it.
+
+A pass declares what it needs and what it establishes; the runner checks the declaration: facts before, a verified graph
+after, an unchanged fingerprint if it says that it changed nothing, unchanged logits if it says that it is exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.errors import ConfigError, NtcError, PassError
+from ntc.meta import module_of
+from ntc.program import PassRecord, Program
+from ntc.verify import max_difference, verify
+
+__all__ = ["Calibration", "Context", "NoOptions", "Override", "Pass", "PassResult", "exact_limit", "run_pipeline"]
+
+logger = logging.getLogger("ntc.passes")
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did.
+
+    Attributes:
+        modified: Whether the program changed at all (annotations count).
+        sites: Places that it rewrote or annotated.
+        missed: Places that looked right and were left alone: (node, reason).
+        notes: What it measured or decided, as plain data: goes into the history and the manifest.
+    """
+
+    modified: bool
+    sites: int = 0
+    missed: tuple[tuple[str, str], ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids on which statistics are taken.
+
+    Attributes:
+        batches: Token ids ``[B, L]`` each.
+        description: Where they come from, for reports.
+        sha256: Hash of the ids.
+    """
+
+    batches: tuple[Tensor, ...]
+    description: str
+    sha256: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return sum(b.numel() for b in self.batches)
+
+
+@dataclass(frozen=True)
+class Override:
+    """Options for the modules that a glob matches, such as ``transformer.h.0.*``."""
+
+    module: str
+    options: Mapping[str, Any]
+
+
+def _no_progress(label: str, done: int, total: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the runner gives to every pass.
+
+    Attributes:
+        calibration: Calibration data, if there is any.
+        overrides: Options per module; later ones win.
+        progress: Called with (label, done, total) by passes that take long.
+    """
+
+    calibration: Calibration | None = None
+    overrides: tuple[Override, ...] = ()
+    progress: Callable[[str, int, int], None] = _no_progress
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For passes that have nothing to set."""
+
+
+class Pass(ABC):
+    """One compiler pass. Subclass, set the class attributes, write ``run``.
+
+    Attributes:
+        name: Registry name, kebab case.
+        requires: Facts that must hold before.
+        provides: Facts that hold after.
+        removes: Facts that hold no longer.
+        exact: It computes the same function up to rounding; the runner checks that.
+        required: Finding none of its sites is an error that shows the nearest miss.
+        Options: Frozen dataclass of its options; the only constructor argument.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    removes: ClassVar[frozenset[str]] = frozenset()
+    exact: ClassVar[bool] = False
+    required: ClassVar[bool] = False
+    Options: ClassVar[type[Any]] = NoOptions
+
+    def __init__(self, options: Any | None = None) -> None:
+        self.options = options if options is not None else self.Options()
+
+    @abstractmethod
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Change the program in place. Raise ``PassError`` for what cannot be done; never leave half a rewrite."""
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the docstring."""
+        return (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Names of the options."""
+        return [f.name for f in dataclasses.fields(cls.Options)]
+
+    @classmethod
+    def configure(cls, values: Mapping[str, Any]) -> Pass:
+        """The pass with those options.
+
+        Raises:
+            ConfigError: For an option that it does not have, or a value that it does not take.
+        """
+        known = cls.option_names()
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+                raise ConfigError(f"pass {cls.name} has no option {key!r}; {hint}")
+        try:
+            return cls(cls.Options(**values))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"pass {cls.name}: {error}") from error
+
+    def at(self, node: Node, context: Context) -> Any:
+        """The options for one node: those of the pass with the overrides for the node's module."""
+        known, options = set(self.option_names()), self.options
+        for override in context.overrides:
+            if fnmatchcase(module_of(node), override.module):
+                values = {k: v for k, v in override.options.items() if k in known}
+                try:
+                    options = dataclasses.replace(options, **values)
+                except (TypeError, ValueError) as error:
+                    raise ConfigError(f"override for {override.module}: {error}") from error
+        return options
+
+
+def exact_limit(largest: float) -> float:
+    """Largest |difference| of logits that rounding in fp32 can explain for a network whose largest |logit| is given."""
+    return 1e-5 * (1.0 + largest)
+
+
+def run_pipeline(program: Program, passes: Sequence[Pass], context: Context | None = None) -> Program:
+    """Run passes in order and check each against its contract.
+
+    The program given is not changed.
+
+    Raises:
+        PassError: If a fact is missing, a required rewrite found nothing, or a declaration turned out wrong.
+        VerifyError: If a pass left a malformed program.
+    """
+    context = context or Context()
+    facts = set(program.facts)
+    for step in passes:  # the whole order is checked before anything runs
+        if missing := step.requires - facts:
+            have = [p.name for p in passes if missing & p.provides]
+            hint = f"run {have[0]} before it" if have else "no pass in this recipe provides it"
+            raise PassError(f"pass {step.name} needs a program that is {' and '.join(sorted(missing))}: {hint}")
+        facts = (facts | step.provides) - step.removes
+    for number, step in enumerate(passes):
+        context.progress(step.name, number, len(passes))
+        program = _run_one(program, step, context, number)
+    context.progress("done", len(passes), len(passes))
+    return program
+
+
+def _run_one(program: Program, step: Pass, context: Context, number: int) -> Program:
+    started = time.perf_counter()
+    work = program.copy()
+    try:
+        result = step.run(work, context)
+    except NtcError:
+        raise
+    except Exception as error:
+        raise PassError(f"pass {step.name} failed: {type(error).__name__}: {error}") from error
+    if not result.modified and (result.sites or work.fingerprint() != program.copy().fingerprint()):
+        raise PassError(f"pass {step.name} says that it changed nothing, but it did: return modified=True, or do not edit")
+    if step.required and result.sites == 0:
+        nearest = "; ".join(f"nearest miss %{node}: {reason}" for node, reason in result.missed[:1]) or "nothing looked like one"
+        raise PassError(f"pass {step.name} found none of its sites in {program.info.source}: {nearest}")
+    work.facts = (work.facts | step.provides) - step.removes
+    if result.modified:
+        work.refresh()
+    verify(work)
+    drift, largest = max_difference(program, work)
+    if step.exact and not drift <= exact_limit(largest):
+        raise PassError(
+            f"pass {step.name} claims to be exact, but the logits moved by {drift:.3g} (limit {exact_limit(largest):.3g}): "
+            "declare exact = False, or mend the rewrite"
+        )
+    seconds = time.perf_counter() - started
+    options = dataclasses.asdict(step.options) if dataclasses.is_dataclass(step.options) else {}
+    work.with_record(PassRecord(step.name, options, result.sites, result.missed, seconds, drift, result.notes))
+    logger.info("%02d %s sites=%d missed=%d drift=%.3g %.1f ms", number, step.name, result.sites, len(result.missed), drift, 1e3 * seconds)
+    for node, reason in result.missed:
+        logger.debug("%s left %%%s alone: %s", step.name, node, reason)
+    return work

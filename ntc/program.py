@@ -1,0 +1,338 @@
+"""The one noun between the stages: a typed graph with its weights, facts and history.
+
+A ``Program`` is a ``torch.fx`` graph in the dialect of ``ntc.ops``: one input ``input_ids [B, L]``, one output, the logits
+``[B, L, V]``, weights as ``get_attr`` nodes. Capture makes one, passes turn one into another, back ends and analyses read
+one. Nothing downstream reaches back to the ``nn.Module``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from ntc.errors import DataError, NtcError
+from ntc.meta import TYPE, block_of, module_of
+
+__all__ = ["ModelInfo", "PassRecord", "Program", "interpret", "op_name"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of the model that was captured.
+
+    Attributes:
+        source: Path or hub id, or the class name of a module.
+        architecture: Class of the model.
+        vocab_size: V, size of the last axis of the logits.
+        context: Most tokens that the model can take, 0 if not limited.
+        parameters: Number of parameters, tied ones counted once.
+        config: The Hugging Face config, if there is one.
+    """
+
+    source: str
+    architecture: str
+    vocab_size: int
+    context: int = 0
+    parameters: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One line of a program's history.
+
+    Attributes:
+        name: Name of the pass.
+        options: Its options as plain data.
+        sites: Places that it rewrote or annotated.
+        missed: Places that it left alone, with the reason.
+        seconds: Time it took.
+        drift: Largest difference of the logits on the example input before and after; None if not measured.
+        notes: What the pass measured or decided, as plain data.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    sites: int
+    missed: tuple[tuple[str, str], ...] = ()
+    seconds: float = 0.0
+    drift: float | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; timings stay out, so that the same input gives the same bytes."""
+        data = asdict(self)
+        del data["seconds"]
+        data["missed"] = [list(m) for m in self.missed]
+        return data
+
+
+class Program:
+    """A captured or compiled network.
+
+    Attributes:
+        module: The ``GraphModule``: run it, train it, compile it with ``torch.compile``.
+        info: What was captured.
+        facts: What is known to hold (``captured``, ``canonical``, ``spiking`` ...): passes require and provide facts.
+        history: The passes that ran, oldest first.
+        example: Token ids ``[2, L]`` on which exactness is checked.
+    """
+
+    def __init__(
+        self,
+        module: GraphModule,
+        info: ModelInfo,
+        example: Tensor,
+        facts: frozenset[str] = frozenset(),
+        history: tuple[PassRecord, ...] = (),
+    ) -> None:
+        self.module = module
+        self.info = info
+        self.example = example
+        self.facts = facts
+        self.history = history
+
+    @property
+    def graph(self) -> Graph:
+        """The graph; after editing it call ``refresh``."""
+        return self.module.graph
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, thresholds and other constants by the target name of their ``get_attr`` nodes, in graph order."""
+        return {str(n.target): self.tensor(n) for n in self.graph.nodes if n.op == "get_attr"}
+
+    @property
+    def steps(self) -> int:
+        """T, the largest number of time steps of a spike train; 0 if nothing spikes."""
+        from ntc.spike_type import SpikeType
+
+        types = (n.meta.get(TYPE) for n in self.graph.nodes)
+        return max((t.steps for t in types if isinstance(t, SpikeType)), default=0)
+
+    def tensor(self, name: Node | str) -> Tensor:
+        """The tensor of a ``get_attr`` node or target name."""
+        found: Any = self.module
+        for part in str(name.target if isinstance(name, Node) else name).split("."):
+            found = getattr(found, part)
+        assert isinstance(found, Tensor)
+        return found
+
+    def add_tensor(self, name: str, value: Tensor, *, trainable: bool = True) -> str:
+        """Give a new constant a name that is not taken yet; returns the name for ``get_attr``.
+
+        Floating-point tensors become parameters (so that fine-tuning finds them) unless ``trainable`` is false.
+        """
+        taken, unique, number = self._names(), name, 1
+        while unique in taken:
+            unique, number = f"{name}_{number}", number + 1
+        owner: nn.Module = self.module
+        *parents, last = unique.split(".")
+        for part in parents:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        value = value.detach().contiguous()
+        if trainable and value.is_floating_point():
+            owner.register_parameter(last, nn.Parameter(value))
+        else:
+            owner.register_buffer(last, value)
+        return unique
+
+    def _names(self) -> set[str]:
+        return {n for n, _ in self.module.named_parameters(remove_duplicate=False)} | {
+            n for n, _ in self.module.named_buffers(remove_duplicate=False)
+        }
+
+    def copy(self) -> Program:
+        """An independent graph over the same tensors: cheap, and passes never write into a tensor."""
+        graph = Graph()
+        output = graph.graph_copy(self.graph, mapping := {})
+        graph.output(output)
+        for old, new in mapping.items():
+            new.meta = dict(old.meta)
+        return self.with_graph(graph)
+
+    def with_graph(self, graph: Graph, extra: Mapping[str, Tensor] | None = None) -> Program:
+        """This program with another graph over the same tensors (and ``extra`` ones)."""
+        tensors = {**self.tensors, **(extra or {})}
+        targets = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        module = GraphModule({t: tensors[t] for t in sorted(targets)}, graph, "Program")
+        module.eval()
+        return Program(module, self.info, self.example, self.facts, self.history)
+
+    def refresh(self) -> None:
+        """After an edit: drop dead nodes and unused tensors, propagate shapes anew, recompile."""
+        self.graph.eliminate_dead_code()
+        self.module = self.with_graph(self.graph).module
+        self.propagate()
+
+    def propagate(self) -> None:
+        """Fill ``val`` of every node by running the graph on fake tensors with symbolic batch and length."""
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * self.example.dim())
+        with mode:
+            values: dict[Node, Any] = {}
+            for node in self.graph.nodes:
+                if node.op == "placeholder":
+                    value: Any = mode.from_tensor(self.example, symbolic_context=context)
+                elif node.op == "get_attr":
+                    value = mode.from_tensor(self.tensor(node), static_shapes=True)
+                elif node.op == "call_function":
+                    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                    value = node.target(*args, **kwargs)
+                else:
+                    continue
+                values[node] = node.meta["val"] = value
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Logits ``[B, L, V]`` of token ids ``[B, L]``.
+
+        Raises:
+            DataError: If the ids have another rank, are not in the vocabulary, or are more than the context holds.
+        """
+        check_ids(input_ids, self.info)
+        logits: Tensor = self.module(input_ids)
+        return logits
+
+    def size(self, symbol: Any) -> str:
+        """A dimension as text: ``B`` and ``L`` for the dynamic ones."""
+        placeholder = next(n for n in self.graph.nodes if n.op == "placeholder")
+        names = {str(s): name for s, name in zip(placeholder.meta["val"].shape, ("B", "L"), strict=False)}
+        return names.get(str(symbol), str(symbol))
+
+    def shape_text(self, node: Node) -> str:
+        """Shape of a node such as ``[4, B, L, 256]``; empty for what is no tensor."""
+        value = node.meta.get("val")
+        return f"[{', '.join(self.size(s) for s in value.shape)}]" if isinstance(value, Tensor) else ""
+
+    def __str__(self) -> str:
+        """The graph as text that a person reads: one line per node, grouped by block, weights by their names."""
+        lines, block = [], None
+        for node in self.graph.nodes:
+            if node.op in ("get_attr", "output"):
+                continue
+            here = block_of(node) if node.op == "call_function" else ""
+            if here != block and node.op == "call_function":
+                lines.append(f"{here or '-'}:")
+                block = here
+            lines.append("  " + self.line(node))
+        output = next(n for n in self.graph.nodes if n.op == "output")
+        return "\n".join([*lines, f"return %{output.args[0].name}"]) + "\n"
+
+    def line(self, node: Node) -> str:
+        """One node as text."""
+        kind = node.meta.get(TYPE)
+        result = f"%{node.name}: {' '.join(filter(None, (str(kind) if kind else '', self.shape_text(node))))}"
+        if node.op == "placeholder":
+            return result
+        here = block_of(node)
+
+        def show(value: Any) -> str:
+            if isinstance(value, Node):
+                if value.op == "get_attr":
+                    name = str(value.target)
+                    return name.removeprefix(here + ".") if here else name
+                return f"%{value.name}"
+            if isinstance(value, list | tuple):
+                return "[" + ", ".join(map(show, value)) + "]"
+            return repr(value)
+
+        arguments = [*map(show, node.args), *(f"{k}={show(v)}" for k, v in node.kwargs.items())]
+        return f"{result} = {op_name(node.target)}({', '.join(arguments)})"
+
+    def fingerprint(self) -> str:
+        """Hash of the printed graph and of the identities of its tensors: equal before and after a pass that did nothing."""
+        digest = hashlib.sha256(str(self.graph).encode())
+        for name, value in self.tensors.items():
+            digest.update(f"{name} {value.data_ptr()} {tuple(value.shape)}".encode())
+        return digest.hexdigest()
+
+    def with_record(self, record: PassRecord) -> None:
+        """Append a line to the history."""
+        self.history = (*self.history, record)
+
+    def named(self, source: str) -> Program:
+        """The same program under another source name."""
+        return Program(self.module, replace(self.info, source=source), self.example, self.facts, self.history)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable tensors, each once."""
+        return self.module.parameters()
+
+    def find(self, name: str) -> Node:
+        """The node of that name (a leading ``%`` is allowed).
+
+        Raises:
+            NtcError: If there is none; lists the nearest names.
+        """
+        import difflib
+
+        wanted = name.removeprefix("%")
+        names = {n.name: n for n in self.graph.nodes}
+        if wanted not in names:
+            near = difflib.get_close_matches(wanted, names, n=4, cutoff=0.4)
+            raise NtcError(f"no node is called %{wanted}" + (f"; did you mean {', '.join('%' + n for n in near)}?" if near else ""))
+        return names[wanted]
+
+
+def check_ids(input_ids: Tensor, info: ModelInfo) -> None:
+    """Refuse token ids that the network cannot take."""
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise DataError(f"a program takes token ids of shape [B, L], got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
+    if info.context and input_ids.shape[1] > info.context:
+        raise DataError(f"{input_ids.shape[1]} tokens are more than the model's context of {info.context}")
+    if input_ids.numel() and not torch.compiler.is_compiling():
+        top = int(input_ids.max())
+        if top >= info.vocab_size or int(input_ids.min()) < 0:
+            raise DataError(f"token id {top} is outside the vocabulary of {info.vocab_size} tokens")
+
+
+def op_name(target: Any) -> str:
+    """Short name of an op: ``linear``, ``ntc.integrate_fire``."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target._schema.name.split("::")
+        return name if namespace == "aten" else f"{namespace}.{name}"
+    return getattr(target, "__name__", str(target))
+
+
+def interpret(
+    program: Program, input_ids: Tensor, visit: Callable[[Node, tuple[Any, ...], Any], Any | None]
+) -> Tensor:
+    """Run a program node by node, freeing each value after its last use.
+
+    ``visit(node, args, value)`` is called for every ``call_function`` node; what it returns, unless None, replaces the
+    value downstream.
+    """
+    last_use: dict[Node, Node] = {}
+    for node in program.graph.nodes:
+        for used in node.all_input_nodes:
+            last_use[used] = node
+    done: dict[Node, list[Node]] = {}
+    for used, user in last_use.items():
+        done.setdefault(user, []).append(used)
+    values: dict[Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = input_ids
+        elif node.op == "get_attr":
+            values[node] = program.tensor(node)
+        elif node.op == "call_function":
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            value = node.target(*args, **kwargs)
+            other = visit(node, args, value)
+            values[node] = value if other is None else other
+        else:
+            result: Tensor = values[node.args[0]]
+            return result
+        for used in done.get(node, ()):
+            del values[used]
+    raise AssertionError("a graph ends with an output node")

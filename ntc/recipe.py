@@ -1,0 +1,120 @@
+"""A recipe: a published conversion method as a named list of passes with options, one screen long."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ntc.errors import ConfigError
+from ntc.pipeline import Override, Pass
+
+__all__ = ["Recipe", "Settings", "Step", "load_settings"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of a recipe and the options that differ from its defaults."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of passes.
+
+    Attributes:
+        name: Name for ``--recipe``.
+        summary: One line.
+        source: The paper.
+        spiking: What becomes spiking.
+        analog: What stays analog or on the host.
+        steps: The passes, in order.
+    """
+
+    name: str
+    summary: str
+    source: str
+    spiking: str
+    analog: str
+    steps: tuple[Step, ...]
+
+    def _index(self, name: str) -> int:
+        names = [s.name for s in self.steps]
+        if name not in names:
+            raise ConfigError(f"recipe {self.name} has no pass {name!r}; it has {', '.join(names)}")
+        return names.index(name)
+
+    def insert_before(self, name: str, step: Step) -> Recipe:
+        """The recipe with one more pass before the named one."""
+        at = self._index(name)
+        return replace(self, steps=(*self.steps[:at], step, *self.steps[at:]))
+
+    def insert_after(self, name: str, step: Step) -> Recipe:
+        """The recipe with one more pass after the named one."""
+        at = self._index(name) + 1
+        return replace(self, steps=(*self.steps[:at], step, *self.steps[at:]))
+
+    def without(self, name: str) -> Recipe:
+        """The recipe without the named pass."""
+        at = self._index(name)
+        return replace(self, steps=(*self.steps[:at], *self.steps[at + 1 :]))
+
+    def build(self, settings: Settings, find: Callable[[str], type[Pass]]) -> list[Pass]:
+        """The passes with their options: the recipe's own, then the settings for all passes that have such an option.
+
+        Raises:
+            ConfigError: For an unknown pass, or a setting that no pass of the recipe has.
+        """
+        classes = [(step, find(step.name)) for step in self.steps]
+        known = sorted({option for _, cls in classes for option in cls.option_names()})
+        for key in [*settings.options, *(k for o in settings.overrides for k in o.options)]:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+                raise ConfigError(f"recipe {self.name} has no setting {key!r}; {hint}")
+        return [
+            cls.configure({**step.options, **{k: v for k, v in settings.options.items() if k in cls.option_names()}})
+            for step, cls in classes
+        ]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user set: options for all passes of the recipe, and overrides per module."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
+
+    def with_options(self, **values: Any) -> Settings:
+        """These settings with more options; None means not given."""
+        given = {k: v for k, v in values.items() if v is not None}
+        return replace(self, options={**self.options, **given})
+
+
+def load_settings(path: Path) -> Settings:
+    """Read a TOML file with a ``[recipe]`` table and ``[[override]]`` tables, each with a ``module`` glob.
+
+    Raises:
+        ConfigError: If the file is missing, is no TOML, or has other tables.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from error
+    if unknown := data.keys() - {"recipe", "override"}:
+        raise ConfigError(f"{path} has a table [{sorted(unknown)[0]}]; only [recipe] and [[override]] are known")
+    overrides = []
+    for entry in data.get("override", []):
+        values = dict(entry)
+        module = values.pop("module", None)
+        if not isinstance(module, str):
+            raise ConfigError(f"an [[override]] of {path} has no module = \"...\" pattern")
+        overrides.append(Override(module, values))
+    return Settings(data.get("recipe", {}), tuple(overrides))

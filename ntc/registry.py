@@ -1,0 +1,133 @@
+"""Passes, recipes and back ends by name, through entry points: ours have no privilege over a stranger's.
+
+Groups: ``ntc.passes``, ``ntc.recipes``, ``ntc.backends``. A name that two distributions claim is an error that names both;
+a plug-in that cannot be imported is an error when it is asked for, and is listed with its error.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, runtime_checkable
+
+from ntc.errors import ConfigError
+from ntc.pipeline import Pass
+from ntc.program import Program
+from ntc.recipe import Recipe
+
+__all__ = ["Backend", "Listed", "backend", "find_pass", "listed", "recipe"]
+
+_GROUPS = {"pass": "ntc.passes", "recipe": "ntc.recipes", "backend": "ntc.backends"}
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Writes an artefact of a program: one callable object per ``--emit`` name.
+
+    Attributes:
+        name: Name for ``--emit``.
+        files: Names of the files that it writes.
+        summary: One line for ``ntc export --help``.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    summary: str
+
+    def emit(self, program: Program, folder: Any, *, analog: Program | None, tokens: Any | None) -> dict[str, Any]:
+        """Write the files into ``folder`` and return what was measured while checking them, as plain data.
+
+        Args:
+            program: The spiking program.
+            folder: An existing folder.
+            analog: The canonical program before conversion, for comparisons.
+            tokens: Token ids ``[B, L]`` to measure on.
+        """
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One plug-in as the listing commands show it.
+
+    Attributes:
+        name: Registry name.
+        value: What it points to.
+        distribution: Which package brings it.
+        loaded: The object, or None if it could not be imported.
+        error: Why not.
+    """
+
+    name: str
+    value: str
+    distribution: str
+    loaded: Any | None
+    error: str = ""
+
+
+def _points(kind: str) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=_GROUPS[kind]):
+        other = found.get(point.name)
+        if other is not None and other.value != point.value:
+            raise ConfigError(f"two packages bring a {kind} called {point.name}: {_dist(other)} and {_dist(point)}; remove one")
+        found[point.name] = point
+    return found
+
+
+def _dist(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "an unknown package"
+
+
+def _load(kind: str, name: str) -> Any:
+    points = _points(kind)
+    if name not in points:
+        near = difflib.get_close_matches(name, points, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(points)) or 'none: is ntc installed?'}"
+        raise ConfigError(f"there is no {kind} called {name!r}; {hint}")
+    try:
+        return points[name].load()
+    except Exception as error:
+        raise ConfigError(f"{kind} {name} of {_dist(points[name])} cannot be imported: {error}") from error
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The pass class of that name.
+
+    Raises:
+        ConfigError: If there is none, or it cannot be imported, or it is no pass.
+    """
+    loaded = _load("pass", name)
+    if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+        raise ConfigError(f"entry point {name} of group ntc.passes is no subclass of ntc.Pass")
+    if loaded.name != name:
+        raise ConfigError(f"entry point {name} of group ntc.passes points to a pass that calls itself {loaded.name}")
+    return loaded
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name."""
+    loaded = _load("recipe", name)
+    if not isinstance(loaded, Recipe):
+        raise ConfigError(f"entry point {name} of group ntc.recipes is no ntc.Recipe")
+    return loaded
+
+
+def backend(name: str) -> Backend:
+    """The back end of that name."""
+    loaded = _load("backend", name)
+    found: Any = loaded() if isinstance(loaded, type) else loaded
+    if not isinstance(found, Backend):
+        raise ConfigError(f"entry point {name} of group ntc.backends has no emit() method")
+    return found
+
+
+def listed(kind: str) -> list[Listed]:
+    """All plug-ins of a kind (``pass``, ``recipe``, ``backend``), those with import errors included."""
+    rows = []
+    for name, point in sorted(_points(kind).items()):
+        try:
+            rows.append(Listed(name, point.value, _dist(point), point.load()))
+        except Exception as error:  # a broken plug-in must not take the listing down
+            rows.append(Listed(name, point.value, _dist(point), None, str(error)))
+    return rows
