@@ -1,0 +1,53 @@
+# Every target but help and clean makes .venv first, from a clean clone too.
+# The demo's model, text and options can be set: make demo DEMO_STEPS=8
+
+DEMO_MODEL := examples/gpt2-books
+DEMO_DATA := examples/data/books-sample.txt
+DEMO_OUT := build/demo
+DEMO_STEPS := 4
+DEMO_EMIT := onnx,netlist,energy
+# Options for pytest, such as: make test PYTEST_ARGS="-k netlist -x"
+PYTEST_ARGS :=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# One thread per test: the tensors are small, and sums then have one order. No test needs a network.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint check golden clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## Compile the reference GPT-2 to a spiking network and evaluate it against the original
+	$(BIN)/ntc compile $(DEMO_MODEL) -o $(DEMO_OUT) --steps $(DEMO_STEPS) --emit $(DEMO_EMIT) --overwrite
+	$(BIN)/ntc evaluate $(DEMO_OUT) --data $(DEMO_DATA) --against $(DEMO_MODEL)
+
+test: $(STAMP) ## Run the tests, without the slow ones
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Run ruff, mypy and import-linter
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test ## Run the linters, then the tests
+
+golden: $(STAMP) ## Rewrite the golden files in tests/golden; read the diff before you commit it
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" --update-golden $(PYTEST_ARGS)
+
+clean: ## Remove the demo's output and the caches; .venv and the rest of build stay
+	rm -rf $(DEMO_OUT) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find ntc passes backends tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first, so that a failing download of the one large package shows at once. The build tools are installed
+# here and not by pip's build isolation, which would not hold them to constraints.txt.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into .venv (minutes the first time)"
+	@test -x $(BIN)/python || { python3.11 -c "" 2>/dev/null && python3.11 -m venv .venv; } || python3 -m venv .venv
+	@$(PIP) torch
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
