@@ -13,6 +13,7 @@ key                 type                      writer                      reader
 ``ntc.type``        NodeType                  verify                      passes, back ends
 ``ntc.neuron``      NeuronSpec                policy passes               ``insert-neurons``, ``fold-thresholds``
 ``ntc.stats``       dict of name to Tensor    ``calibrate``               policy passes; not saved
+``ntc.name``        str                       ``building``                ``Program.refresh``: the name to take when it is free
 ==================  ========================  ==========================  =========================================
 
 ``val`` may be invalidated and is made again; what must reach an artefact is plain data.
@@ -29,7 +30,7 @@ from typing import Any, Literal
 from torch.fx import Graph, Node
 
 __all__ = [
-    "MADE_BY", "MODULE", "NEURON", "ORIGIN", "SOURCE", "STATS", "TYPE", "NeuronSpec", "block_of", "building", "module_of",
+    "MADE_BY", "MODULE", "NAME", "NEURON", "ORIGIN", "SOURCE", "STATS", "TYPE", "NeuronSpec", "block_of", "building", "module_of",
     "source_of", "stamp_captured",
 ]  # fmt: skip
 
@@ -40,6 +41,7 @@ SOURCE = "ntc.source"
 TYPE = "ntc.type"
 NEURON = "ntc.neuron"
 STATS = "ntc.stats"
+NAME = "ntc.name"
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def stamp_captured(graph: Graph, strip_prefix: str = "") -> None:
     """Freeze where each node came from, right after capture, in a form that survives saving."""
     for node in graph.nodes:
         module = module_of(node)
-        if not re.fullmatch(r"[\w.]*", module) or module.startswith("empty_nn_module"):  # torch's mark for "no module"
+        if not re.fullmatch(r"[\w.]*", module) or "empty_nn_module" in module:  # torch's mark for "no module"
             module = ""
         node.meta[MODULE] = module.removeprefix(strip_prefix).lstrip(".") if strip_prefix else module
         node.meta[SOURCE] = source_of(node)
@@ -139,6 +141,8 @@ def building(graph: Graph, *, before: Node, stands_for: Iterable[Node], by: str)
                 node = graph.create_node("call_function", target, args, kwargs, name=name)
         place = at or old[0]
         node.meta |= {MODULE: module_of(place), SOURCE: source_of(place), ORIGIN: origin, MADE_BY: made_by}
+        if name is not None:
+            node.meta[NAME] = name
         return node
 
     yield call

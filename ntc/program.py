@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ntc.errors import DataError, NtcError
-from ntc.meta import TYPE, block_of, module_of
+from ntc.meta import NAME, TYPE, block_of, module_of
 
 __all__ = ["ModelInfo", "PassRecord", "Program", "interpret", "op_name"]
 
@@ -99,6 +99,7 @@ class Program:
         self.example = example
         self.facts = facts
         self.history = history
+        self._wanted: dict[str, str] = {}  # tensor name -> the name it should have once that is free
 
     @property
     def graph(self) -> Graph:
@@ -145,6 +146,7 @@ class Program:
             owner.register_parameter(last, nn.Parameter(value))
         else:
             owner.register_buffer(last, value)
+        self._wanted[unique] = name
         return unique
 
     def _names(self) -> set[str]:
@@ -172,8 +174,30 @@ class Program:
     def refresh(self) -> None:
         """After an edit: drop dead nodes and unused tensors, propagate shapes anew, recompile."""
         self.graph.eliminate_dead_code()
-        self.module = self.with_graph(self.graph).module
+        self.module = self.with_graph(self.graph, self._settle_names()).module
         self.propagate()
+
+    def _settle_names(self) -> dict[str, Tensor]:
+        """Give nodes and tensors the names that they asked for, where those have become free; returns renamed tensors."""
+        live = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        renamed: dict[str, Tensor] = {}
+        for node in self.graph.nodes:
+            old = str(node.target)
+            wanted = self._wanted.get(old, old)
+            if node.op == "get_attr" and wanted != old and (wanted not in live or wanted in renamed):
+                renamed[wanted] = self.tensor(old)
+                node.target = wanted
+                live.discard(old)
+                live.add(wanted)
+        names = {n.name for n in self.graph.nodes}
+        for node in self.graph.nodes:
+            wanted = node.meta.pop(NAME, node.name)
+            if wanted != node.name and wanted not in names:
+                names.discard(node.name)
+                names.add(wanted)
+                node.name = wanted  # the namespace still knows the name from the node that had it, so nobody else takes it
+        self._wanted = {}
+        return renamed
 
     def propagate(self) -> None:
         """Fill ``val`` of every node by running the graph on fake tensors with symbolic batch and length."""

@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["ANALOG", "INDEX", "Analog", "Code", "CurrentType", "Index", "Levels", "NodeType", "RateType", "SpikeType", "from_json", "to_json"]
+__all__ = [
+    "ANALOG", "INDEX", "Analog", "Code", "CurrentType", "Index", "Levels", "NodeType", "RateType", "Scale", "SpikeType",
+    "from_json", "to_json",
+]  # fmt: skip
 
 Code: TypeAlias = Literal["rate", "phase", "count"]
 Levels: TypeAlias = Literal["binary", "ternary", "graded"]

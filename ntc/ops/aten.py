@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
 
-from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, host_rule, register
-from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType
+from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, host_rule, register, timed
+from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, Scale, SpikeType
 
 __all__ = ["aten"]
 
@@ -24,7 +25,13 @@ def _linear_type(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     x = node.args[0]
     assert isinstance(x, Node)
     given = type_of(x)
+    for constant in (a for a in node.args[1:3] if isinstance(a, Node)):
+        if not isinstance(type_of(constant), Analog):
+            raise TypeMismatch(f"weight and bias of a linear layer are analog, and %{constant.name} is {type_of(constant)}", constant)
     if isinstance(given, SpikeType):
+        # The bias is added at every step. Only the mean over the steps gives it back as it is; a sum would give T times it.
+        if given.code != "rate" and len(node.args) > 2 and node.args[2] is not None:
+            raise TypeMismatch(f"a bias can be added to rate-coded spikes only, and %{x.name} is {given}; add it after decode", x)
         return CurrentType(given.steps, given.code)
     if isinstance(given, Analog | RateType):
         return ANALOG
@@ -44,19 +51,31 @@ def _linear_count(node: Node, operands: Sequence[Operand], result: Operand, meas
 
 def _scale_type(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     """Multiplication by a constant keeps a train a train: spikes become graded, currents stay currents."""
-    inputs = node.all_input_nodes
-    given = [type_of(a) for a in inputs]
-    moving = [(a, t) for a, t in zip(inputs, given, strict=True) if isinstance(t, SpikeType | CurrentType | RateType)]
+    # Not all_input_nodes: it holds each node once, and a train times itself is no scaling.
+    inputs = [a for a in node.args if isinstance(a, Node)]
+    moving = [(a, t) for a in inputs if isinstance(t := type_of(a), SpikeType | CurrentType | RateType)]
     if not moving:
         return host_rule(node, type_of)
-    if len(moving) > 1 or any(a.op != "get_attr" for a in inputs if a is not moving[0][0]):
+    train, value = moving[0]
+    constants = [a for a in inputs if a is not train]
+    if len(moving) > 1 or any(a.op != "get_attr" for a in constants):
         raise TypeMismatch(f"{node.target} scales spikes by a constant only", moving[-1][0])
-    value = moving[0][1]
-    if isinstance(value, SpikeType):
-        constant = next((a for a in inputs if a.op == "get_attr"), None)
-        shape = tuple(constant.meta["val"].shape) if constant is not None else ()
-        return SpikeType(value.steps, value.code, "graded", "channel" if shape and shape[-1] != 1 else "tensor")
-    return ANALOG if isinstance(value, RateType) else value
+    if isinstance(value, RateType):
+        return ANALOG
+    shape = tuple(constants[0].meta["val"].shape) if constants else ()
+    rank = train.meta["val"].dim()
+    if len(shape) > rank or (len(shape) == rank and shape[0] != 1):
+        raise TypeMismatch(f"a factor per time step would change the {value.code} code of %{train.name}: {value}", constants[0])
+    if isinstance(value, CurrentType):
+        return value
+    factor: Scale = "token" if any(n != 1 for n in shape[:-1]) else "channel" if shape and shape[-1] != 1 else "tensor"
+    return replace(value, levels="graded", scale=max(value.scale, factor, key=("none", "tensor", "channel", "token").index))
+
+
+def _getitem_type(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    """One result of an op that has several: of its type, if that has time steps (as of ``spiking_attention_stream``)."""
+    given = type_of(node.all_input_nodes[0])
+    return given if timed(given) else host_rule(node, type_of)
 
 
 def _per_element(factor: float) -> Callable[[Node, Sequence[Operand], Operand, dict[str, float]], Counts]:
@@ -64,6 +83,10 @@ def _per_element(factor: float) -> Callable[[Node, Sequence[Operand], Operand, d
         return Counts(elementwise=factor * result.numel)
 
     return count
+
+
+def _mean_count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    return Counts(elementwise=operands[0].numel)
 
 
 def _free(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
@@ -100,10 +123,13 @@ for _op, _factor, _kind in (
     (aten.sigmoid.default, 4, "activation"), (aten.erf.default, 5, "activation"), (aten.softmax.int, 3, "attention"),
     (aten._softmax.default, 3, "attention"), (aten.add.Tensor, 1, "elementwise"), (aten.sub.Tensor, 1, "elementwise"),
     (aten.div.Tensor, 1, "elementwise"), (aten.pow.Tensor_Scalar, 1, "elementwise"), (aten.rsqrt.default, 2, "norm"),
-    (aten.mean.dim, 1, "norm"), (aten.masked_fill.Scalar, 1, "attention"), (aten.exp.default, 3, "elementwise"),
+    (aten.masked_fill.Scalar, 1, "attention"), (aten.exp.default, 3, "elementwise"),
     (aten.cos.default, 3, "elementwise"), (aten.sin.default, 3, "elementwise"), (aten.neg.default, 1, "elementwise"),
 ):  # fmt: skip
     register(OpSpec(_op, host_rule, _per_element(_factor), kind=_kind))
+
+register(OpSpec(aten.mean.dim, host_rule, _mean_count, kind="norm"))  # every element of the input is added once
+register(OpSpec(operator.getitem, _getitem_type, _free, kind="layout"))
 
 # A look-up or a change of layout moves data and computes nothing.
 register(OpSpec(aten.embedding.default, host_rule, _free, kind="embedding"))
@@ -113,6 +139,6 @@ for _op in (
     aten.split_with_sizes.default, aten.cat.default, aten.contiguous.default, aten.clone.default, aten.select.int,
     aten.unflatten.int, aten.flatten.using_ints, aten.t.default, aten.to.dtype, aten._to_copy.default, aten.chunk.default,
     aten.index.Tensor, aten.squeeze.dim, aten.full.default, aten.ones.default, aten.zeros.default, aten.tril.default,
-    aten._unsafe_view.default, operator.getitem, operator.add, operator.mul, operator.sub, operator.floordiv,
+    aten._unsafe_view.default, operator.add, operator.mul, operator.sub, operator.floordiv,
 ):  # fmt: skip
     register(OpSpec(_op, host_rule, _free, kind="layout"))

@@ -45,11 +45,11 @@ def decode(train: Tensor, code: str) -> Tensor:
         The decoded value, without axis 0.
     """
     if code == "rate":
-        return train.mean(0)
+        return train.mean(0).contiguous()
     if code == "count":
-        return train.sum(0)
+        return train.sum(0).contiguous()
     weights = torch.tensor(decode_weights(code, train.shape[0]), dtype=train.dtype, device=train.device)
-    return torch.tensordot(weights, train, dims=1)
+    return torch.tensordot(weights, train, dims=1).contiguous()
 
 
 @decode.register_fake

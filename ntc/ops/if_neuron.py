@@ -30,7 +30,35 @@ from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import Analog, CurrentType, NodeType, SpikeType
 from ntc.surrogate import surrogate
 
-__all__ = ["IF_NEURON", "count_oracle", "integrate_fire"]
+__all__ = ["IF_NEURON", "check_threshold", "check_threshold_value", "count_oracle", "integrate_fire"]
+
+
+def check_threshold(threshold: Tensor, channels: int | torch.SymInt) -> None:
+    """Refuse a threshold that is not one number per channel or one for all of them.
+
+    Another shape could broadcast the *current*, and the result would have a shape that nothing downstream expects.
+    Looks at sizes only, so it costs nothing; for values see ``check_threshold_value``.
+    """
+    if threshold.dim() != 1 or (threshold.shape[0] != 1 and threshold.shape[0] != channels):
+        raise ValueError(f"a threshold has shape [1] or [{channels}], one number per channel, and not {list(threshold.shape)}")
+
+
+def check_threshold_value(node: Node) -> None:
+    """Refuse thresholds <= 0 (and NaN) that are constants of the program.
+
+    Part of the type rule and not of the kernel: it then runs once per compiler pass instead of once per forward.
+
+    Raises:
+        TypeMismatch: With the smallest value found.
+    """
+    threshold, module = node.args[1], node.graph.owning_module
+    if not isinstance(threshold, Node) or threshold.op != "get_attr" or module is None:
+        return
+    value: Any = module
+    for part in str(threshold.target).split("."):
+        value = getattr(value, part, None)
+    if isinstance(value, Tensor) and not value.is_meta and not bool((value > 0).all()):
+        raise TypeMismatch(f"a neuron needs thresholds > 0, and the smallest of %{threshold.name} is {float(value.min()):g}", threshold)
 
 
 @torch.library.custom_op("ntc::integrate_fire", mutates_args=())
@@ -52,6 +80,7 @@ def integrate_fire(
     Returns:
         Spikes ``[T, B, L, C]`` in the dtype of the current.
     """
+    check_threshold(threshold, current.shape[-1])
     v = torch.zeros_like(current[0] if timed else current) + v0 * threshold
     spikes = current.new_empty((steps, *v.shape))
     for t in range(steps):
@@ -68,12 +97,14 @@ def integrate_fire(
 def _fake(
     current: Tensor, threshold: Tensor, steps: int, signed: bool, v0: float, timed: bool, surrogate: str, width: float
 ) -> Tensor:
+    check_threshold(threshold, current.shape[-1])
     shape = current.shape[1:] if timed else current.shape
     return current.new_empty((steps, *shape))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    current, threshold, ctx.steps, ctx.signed, ctx.v0, ctx.timed, ctx.surrogate, ctx.width = inputs
+    current, threshold, ctx.steps, ctx.signed, ctx.v0, ctx.timed, name, ctx.width = inputs
+    ctx.derivative = surrogate(name)
     ctx.save_for_backward(current, threshold, output)
 
 
@@ -82,9 +113,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
     With ``g(t) = dL/ds(t)`` and ``G(t) = dL/dv(t)`` (from the steps after t):
     ``dL/du(t) = G(t) + (g(t) - theta G(t)) h(t)``, ``h = ds/du``; ``G(t-1) = dL/du(t)``.
+
+    Both comparisons are taken as functions of ``u / theta``, so ``ds/dtheta = -h u / theta``. Spikes do not change when
+    currents and thresholds grow by one factor, and the gradient keeps that: ``sum x dL/dx + theta dL/dtheta = 0``.
     """
     current, threshold, spikes = ctx.saved_tensors
-    derivative = surrogate(ctx.surrogate)
     potentials, v = [], torch.zeros_like(spikes[0]) + ctx.v0 * threshold
     for t in range(ctx.steps):  # the membrane before firing is made again from the spikes: cheaper than storing it
         u = v + (current[t] if ctx.timed else current)
@@ -96,19 +129,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     for t in reversed(range(ctx.steps)):
         u = potentials[t]
         to_spike = grad[t] - threshold * carried
-        upper = derivative((u - threshold) / threshold, ctx.width) / threshold
-        slope = upper + derivative(u / threshold, ctx.width) / threshold if ctx.signed else upper
-        # theta enters through the upper comparison (ds/dtheta = -h u / theta), the reset and the initial potential.
-        grad_threshold = grad_threshold - to_spike * upper * u / threshold - carried * spikes[t]
+        slope = ctx.derivative((u - threshold) / threshold, ctx.width) / threshold
+        if ctx.signed:
+            slope = slope + ctx.derivative(u / threshold, ctx.width) / threshold
+        # theta enters through the comparisons, the reset and (below) the initial potential.
+        grad_threshold = grad_threshold - to_spike * slope * u / threshold - carried * spikes[t]
         carried = carried + to_spike * slope
         grad_current.append(carried)
     grad_threshold = grad_threshold + ctx.v0 * carried
     by_step = torch.stack(grad_current[::-1])
-    extra = grad_threshold.dim() - threshold.dim()
-    reduced = grad_threshold.sum(dim=tuple(range(extra)))
-    if threshold.shape[-1] == 1:
-        reduced = reduced.sum(dim=-1, keepdim=True)
-    return (by_step if ctx.timed else by_step.sum(0)), reduced, None, None, None, None, None, None
+    to_threshold = grad_threshold.sum_to_size(threshold.shape)
+    return (by_step if ctx.timed else by_step.sum(0)), to_threshold, None, None, None, None, None, None
 
 
 integrate_fire.register_autograd(_backward, setup_context=_setup)
@@ -136,16 +167,19 @@ def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     assert isinstance(current, Node) and isinstance(steps, int)
     given = type_of(current)
     if is_timed:
-        if not isinstance(given, CurrentType) or given.steps != steps:
-            raise TypeMismatch(f"neurons with T={steps} take a current of as many steps, and %{current.name} is {given}", current)
+        # The membrane sums the steps with equal weight and what it fires is read as a rate: other codes would change value.
+        if given != CurrentType(steps, "rate"):
+            raise TypeMismatch(
+                f"neurons with T={steps} take a rate-coded current of as many steps, and %{current.name} is {given}", current
+            )
     elif not isinstance(given, Analog):
         raise TypeMismatch(f"neurons with a constant input take an analog current, and %{current.name} is {given}", current)
+    check_threshold_value(node)
     return SpikeType(steps, "rate", "ternary" if signed else "binary")
 
 
 def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
     return Counts(neuron_updates=result.numel, spikes=result.nonzero, neurons=result.shape[-1])
-
 
 
 IF_NEURON = register(

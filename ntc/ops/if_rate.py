@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ntc.ops.if_neuron import check_threshold, check_threshold_value
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import Analog, NodeType, RateType
 
@@ -35,12 +36,14 @@ def if_rate(current: Tensor, threshold: Tensor, signed: bool) -> Tensor:
     Returns:
         Rates ``[B, L, C]``, dimensionless.
     """
-    return (current / threshold).clamp(-1.0 if signed else 0.0, 1.0)
+    check_threshold(threshold, current.shape[-1])
+    return (current / threshold).clamp(-1.0 if signed else 0.0, 1.0).contiguous()
 
 
 @if_rate.register_fake
 def _fake(current: Tensor, threshold: Tensor, signed: bool) -> Tensor:
-    return torch.empty_like(current)
+    check_threshold(threshold, current.shape[-1])
+    return current.new_empty(current.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -53,10 +56,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rate = current / threshold
     inside = ((rate > (-1.0 if ctx.signed else 0.0)) & (rate < 1.0)).to(grad.dtype)
     to_current = grad * inside / threshold
-    to_threshold = (-to_current * rate).sum(dim=tuple(range(grad.dim() - 1)))
-    if threshold.shape[-1] == 1:
-        to_threshold = to_threshold.sum(dim=-1, keepdim=True)
-    return to_current, to_threshold, None
+    return to_current, (-to_current * rate).sum_to_size(threshold.shape), None
 
 
 if_rate.register_autograd(_backward, setup_context=_setup)
@@ -67,6 +67,7 @@ def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     assert isinstance(current, Node)
     if not isinstance(type_of(current), Analog):
         raise TypeMismatch(f"a firing rate is taken of an analog current, and %{current.name} is {type_of(current)}", current)
+    check_threshold_value(node)
     return RateType(signed=bool(node.args[2]))
 
 

@@ -9,11 +9,13 @@ Per neuron and time step, with membrane time constant tau >= 1 [steps], resting 
     v(t) = u(t) (1 - s(t))          hard reset
 
 Without spikes a constant current x drives the membrane to ``u(t) = x + (v(0) - x) (1 - 1/tau)**t``, so with v(0) = 0 the
-neuron fires first at ``t = ceil(log(1 - theta / x) / log(1 - 1 / tau))`` for x > theta, and never for x < theta.
+neuron fires first at ``t = ceil(log(1 - theta / x) / log(1 - 1 / tau))`` for x > theta, and never for x < theta. With
+tau = 1 nothing is remembered: it fires at every step where ``x(t) >= theta``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ntc.ops.if_neuron import check_threshold, check_threshold_value
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import Analog, CurrentType, NodeType, SpikeType
 from ntc.surrogate import surrogate
@@ -47,6 +50,7 @@ def leaky_integrate_fire(
     Returns:
         Spikes ``[T, B, L, C]``.
     """
+    check_threshold(threshold, current.shape[-1])
     v = torch.zeros_like(current[0] if timed else current)
     spikes = current.new_empty((steps, *v.shape))
     for t in range(steps):
@@ -61,19 +65,20 @@ def leaky_integrate_fire(
 def _fake(
     current: Tensor, threshold: Tensor, tau: float, steps: int, hard_reset: bool, timed: bool, surrogate: str, width: float
 ) -> Tensor:
+    check_threshold(threshold, current.shape[-1])
     shape = current.shape[1:] if timed else current.shape
     return current.new_empty((steps, *shape))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    current, threshold, ctx.tau, ctx.steps, ctx.hard, ctx.timed, ctx.surrogate, ctx.width = inputs
+    current, threshold, ctx.tau, ctx.steps, ctx.hard, ctx.timed, name, ctx.width = inputs
+    ctx.derivative = surrogate(name)
     ctx.save_for_backward(current, threshold, output)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Back-propagation through time; the reset is part of the gradient, unlike in ``detach_reset`` implementations."""
     current, threshold, spikes = ctx.saved_tensors
-    derivative = surrogate(ctx.surrogate)
     potentials, v = [], torch.zeros_like(spikes[0])
     for t in range(ctx.steps):
         u = v + ((current[t] if ctx.timed else current) - v) / ctx.tau
@@ -84,36 +89,47 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_current: list[Tensor] = []
     for t in reversed(range(ctx.steps)):
         u, s = potentials[t], spikes[t]
-        slope = derivative((u - threshold) / threshold, ctx.width) / threshold
+        slope = ctx.derivative((u - threshold) / threshold, ctx.width) / threshold
         to_spike = grad[t] - (u if ctx.hard else threshold) * carried
         to_membrane = carried * ((1 - s) if ctx.hard else 1.0) + to_spike * slope
         grad_threshold = grad_threshold - to_spike * slope * u / threshold - (0.0 if ctx.hard else 1.0) * carried * s
         grad_current.append(to_membrane / ctx.tau)
         carried = to_membrane * (1 - 1 / ctx.tau)
     by_step = torch.stack(grad_current[::-1])
-    reduced = grad_threshold.sum(dim=tuple(range(grad_threshold.dim() - threshold.dim())))
-    if threshold.shape[-1] == 1:
-        reduced = reduced.sum(dim=-1, keepdim=True)
-    return (by_step if ctx.timed else by_step.sum(0)), reduced, None, None, None, None, None, None
+    to_threshold = grad_threshold.sum_to_size(threshold.shape)
+    return (by_step if ctx.timed else by_step.sum(0)), to_threshold, None, None, None, None, None, None
 
 
 leaky_integrate_fire.register_autograd(_backward, setup_context=_setup)
 
 
 def first_spike_oracle(current: Tensor, threshold: Tensor, tau: float) -> Tensor:
-    """Step (from 1) of the first spike for a constant current, infinity where there is none (float64)."""
-    ratio = threshold.double() / current.double()
-    step = torch.ceil(torch.log1p(-ratio) / torch.log1p(torch.tensor(-1.0 / tau, dtype=torch.float64)))
-    return torch.where(current > threshold, step, torch.inf)
+    """Step (from 1) of the first spike for a constant current, infinity where there is none (float64).
+
+    Args:
+        current: Constant input current, ``[..., C]``.
+        threshold: ``[C]`` or ``[1]``, > 0.
+        tau: Membrane time constant [steps], >= 1.
+    """
+    x, theta, keep = current.double(), threshold.double(), 1.0 - 1.0 / tau
+    if tau == 1:
+        return torch.where(x >= theta, 1.0, torch.inf).double()
+    step = torch.ceil(torch.log1p(-theta / x) / math.log1p(-1.0 / tau))
+    # The quotient of the logarithms is off by an ulp where the membrane meets theta exactly: ask the membrane itself.
+    step = torch.where(x * (1.0 - keep ** (step - 1)) >= theta, step - 1, step)
+    step = torch.where(x * (1.0 - keep**step) < theta, step + 1, step)
+    return torch.where(x > theta, step, torch.inf)
 
 
 def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     current, steps, is_timed = node.args[0], node.args[3], node.args[5]
     assert isinstance(current, Node) and isinstance(steps, int)
     given = type_of(current)
-    fits = given.steps == steps if is_timed and isinstance(given, CurrentType) else not is_timed and isinstance(given, Analog)
+    # A timed current must be rate-coded for the reason given at the IF neuron.
+    fits = given == CurrentType(steps, "rate") if is_timed else isinstance(given, Analog)
     if not fits:
         raise TypeMismatch(f"LIF neurons with T={steps} do not take %{current.name}, which is {given}", current)
+    check_threshold_value(node)
     return SpikeType(steps, "rate", "binary")
 
 

@@ -26,12 +26,12 @@ def _seen(x: Tensor) -> Tensor:
 @torch.library.custom_op("ntc::position_scale", mutates_args=())
 def position_scale(x: Tensor) -> Tensor:
     """``x[..., i, :] / (i + 1)`` for ``x`` of shape ``[..., L, C]``."""
-    return x / _seen(x)
+    return (x / _seen(x)).contiguous()
 
 
 @position_scale.register_fake
 def _fake(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,7 +9,13 @@ Streaming, one token at a time, with a state per head and time step:
     M_i = M_{i-1} + K_i (x) V_i,        Y_i = Q_i M_i
 
 Both are the same sum in another order. With binary or ternary Q, K, V every term is an integer, so in float32 both are
-exact, and equal to the last bit, while ``|Y| <= L D < 2**24``. The normaliser is a separate op (``position_scale``).
+exact, and equal to the last bit, while ``|Y| <= L D < 2**24`` (and as long as nobody lowers torch's float32 matmul
+precision). The normaliser is a separate op (``position_scale``).
+
+For long texts the parallel kernel takes ``CHUNK`` tokens at a time and carries M from chunk to chunk: the same integers
+again, with memory and work linear in L. The gradients are three more products of the same kind:
+
+    dL/dQ_i = sum_{j <= i} (G_i . V_j) K_j,    dL/dK_j = sum_{i >= j} (V_j . G_i) Q_i,    dL/dV_j = sum_{i >= j} (K_j . Q_i) G_i
 
 The kernel takes any leading axes: spikes ``[T, B, L, C]``, or firing rates ``[B, L, C]`` (then the products are those of
 the mean rates, which the T-step form does not tend to: spikes of the same step meet each other).
@@ -26,9 +32,12 @@ from torch.fx import Node
 
 from ntc.ops.attention import merge_heads, split_heads
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
-from ntc.spike_type import ANALOG, CurrentType, NodeType, RateType, SpikeType
+from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType
 
-__all__ = ["SPIKING_ATTENTION", "SPIKING_ATTENTION_STREAM", "spiking_attention", "spiking_attention_stream"]
+__all__ = ["CHUNK", "SPIKING_ATTENTION", "SPIKING_ATTENTION_STREAM", "spiking_attention", "spiking_attention_stream"]
+
+CHUNK = 256
+"""Tokens whose scores the parallel kernel holds at once."""
 
 
 def _grouped(x: Tensor, heads: int, kv_heads: int) -> Tensor:
@@ -50,8 +59,16 @@ def spiking_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_
         Spike counts ``[T, B, L, H Dv]``: integers for spikes.
     """
     q, k, v = split_heads(query, heads), _grouped(key, heads, kv_heads), _grouped(value, heads, kv_heads)
-    scores = (q @ k.transpose(-2, -1)).tril()
-    return merge_heads(scores @ v).contiguous()
+    rows: list[Tensor] = []
+    memory: Tensor | None = None
+    for start in range(0, max(q.shape[-2], 1), CHUNK):
+        q_part, k_part, v_part = (x[..., start : start + CHUNK, :] for x in (q, k, v))
+        y = (q_part @ k_part.transpose(-2, -1)).tril() @ v_part
+        rows.append(y if memory is None else y + q_part @ memory)
+        if start + CHUNK < q.shape[-2]:
+            written = k_part.transpose(-2, -1) @ v_part
+            memory = written if memory is None else memory + written
+    return merge_heads(torch.cat(rows, dim=-2)).contiguous()
 
 
 @spiking_attention.register_fake
@@ -65,20 +82,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The products of the module's docstring; a sum over later tokens is a causal one read backwards."""
     query, key, value = ctx.saved_tensors
-    groups = ctx.heads // ctx.kv_heads
-    q, k, v = split_heads(query, ctx.heads), _grouped(key, ctx.heads, ctx.kv_heads), _grouped(value, ctx.heads, ctx.kv_heads)
-    g = split_heads(grad, ctx.heads)
-    to_scores = (g @ v.transpose(-2, -1)).tril()
-    scores = (q @ k.transpose(-2, -1)).tril()
+    heads, kv_heads = ctx.heads, ctx.kv_heads
 
-    def per_kv_head(x: Tensor) -> Tensor:
-        return merge_heads(x.unflatten(-3, (ctx.kv_heads, groups)).sum(-3))
+    def backwards(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        y = spiking_attention(a.flip(-2), b.flip(-2), c.flip(-2), heads, heads).flip(-2)
+        return y.unflatten(-1, (kv_heads, heads // kv_heads, y.shape[-1] // heads)).sum(-2).flatten(-2)
 
-    return (
-        merge_heads(to_scores @ k), per_kv_head(to_scores.transpose(-2, -1) @ q),
-        per_kv_head(scores.transpose(-2, -1) @ g), None, None,
-    )  # fmt: skip
+    k, v = (merge_heads(_grouped(x, heads, kv_heads)) for x in (key, value))
+    return spiking_attention(grad, value, key, heads, kv_heads), backwards(v, grad, query), backwards(k, query, grad), None, None
 
 
 spiking_attention.register_autograd(_backward, setup_context=_setup)
@@ -108,14 +121,14 @@ def spiking_attention_stream(
         memory = memory + k[..., i, :].unsqueeze(-1) * v[..., i, :].unsqueeze(-2)
         spread = memory.repeat_interleave(heads // kv_heads, dim=-3)
         rows.append((q[..., i, :].unsqueeze(-2) @ spread).squeeze(-2))
-    return merge_heads(torch.stack(rows, dim=-2)).contiguous(), memory
+    return merge_heads(torch.stack(rows, dim=-2)).contiguous(), memory.contiguous()
 
 
 @spiking_attention_stream.register_fake
 def _fake_stream(
     query: Tensor, key: Tensor, value: Tensor, state: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor]:
-    return query.new_empty((*query.shape[:-1], value.shape[-1] // kv_heads * heads)), torch.empty_like(state)
+    return query.new_empty((*query.shape[:-1], value.shape[-1] // kv_heads * heads)), state.new_empty(state.shape)
 
 
 def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
@@ -144,19 +157,24 @@ def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str,
     Parallel: each spike of Q_i reaches the i + 1 keys it sees; each non-zero score (an integer) is added to the active
     channels of V_j. Streaming: each coincidence of K_j and V_j changes one entry of M; each spike of Q_i adds one row of M.
     """
-    query, key, value = (t.detach().abs() for t in tensors[:3])
-    heads, kv_heads = node.args[3], node.args[4]
+    query, key, value = (t.detach() for t in tensors[:3])
+    heads, kv_heads = node.args[-2:]  # of either form
     assert isinstance(heads, int) and isinstance(kv_heads, int)
-    q, k, v = split_heads(query, heads), split_heads(key, kv_heads), split_heads(value, kv_heads)
-    position = torch.arange(1, q.shape[-2] + 1, dtype=q.dtype)
-    groups = heads // kv_heads
-    scores = (q @ _grouped(key, heads, kv_heads).transpose(-2, -1)).tril()
-    nonzero_per_key = (scores != 0).to(q.dtype).sum(-2).unflatten(-2, (kv_heads, groups)).sum(-2)
+    q, k, v = split_heads(query, heads), _grouped(key, heads, kv_heads), _grouped(value, heads, kv_heads)
+    # Spikes of either sign per token, in float64: sums over a corpus exceed 2**24.
+    q_spikes, k_spikes, v_spikes = (x.abs().sum(-1, dtype=torch.float64) for x in (q, k, v))
+    position = torch.arange(1, q.shape[-2] + 1, dtype=torch.float64, device=q.device)
+    values = 0.0
+    for start in range(0, q.shape[-2], CHUNK):
+        stop = min(start + CHUNK, q.shape[-2])
+        # Signed: coincidences that cancel leave a score of zero, and nothing is added.
+        scores = (q[..., start:stop, :] @ k[..., :stop, :].transpose(-2, -1)).tril(start)
+        values += float(((scores != 0).sum(-2) * v_spikes[..., :stop]).sum())
     return {
-        "scores": float((q.sum(-1) * position).double().sum()),
-        "values": float((nonzero_per_key * v.sum(-1)).double().sum()),
-        "write": float((k.sum(-1) * v.sum(-1)).double().sum()),
-        "read": float(q.double().sum()) * v.shape[-1],
+        "scores": float((q_spikes * position).sum()),
+        "values": values,
+        "write": float((k_spikes * v_spikes).sum()) / (heads // kv_heads),  # one M per key head
+        "read": float(q_spikes.sum()) * v.shape[-1],
     }
 
 
@@ -181,9 +199,30 @@ SPIKING_ATTENTION = register(
 
 
 def _infer_stream(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
-    return _infer(node, type_of)
+    """The type that both results have: ``Y`` and ``M`` are integers per time step. M may enter as a plain tensor of zeros."""
+    result, state = _infer(node, type_of), node.args[3]
+    assert isinstance(state, Node)
+    given = type_of(state)
+    if given != result and not isinstance(given, Analog):
+        raise TypeMismatch(f"the state of spiking attention on {result} cannot be %{state.name}, which is {given}", state)
+    return result
+
+
+def _count_stream(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    """Per token, each head reads and each key head writes ``D x Dv`` entries of M, whatever the length."""
+    heads, kv_heads = node.args[-2:]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    query, value = operands[0], operands[2]
+    steps = query.type.steps if isinstance(query.type, SpikeType) else 1
+    dense = query.numel // steps * value.shape[-1] * (heads + kv_heads) / (heads * kv_heads)
+    if not isinstance(query.type, SpikeType):
+        return Counts(dense_macs=dense, macs=dense)
+    return Counts(dense_macs=dense, acs=measured["write"] + measured["read"])
 
 
 SPIKING_ATTENTION_STREAM = register(
-    OpSpec(target=torch.ops.ntc.spiking_attention_stream.default, infer=_infer_stream, element="dynamic_product", kind="attention")
-)
+    OpSpec(
+        target=torch.ops.ntc.spiking_attention_stream.default, infer=_infer_stream, count=_count_stream, measure=_measure,
+        element="dynamic_product", kind="attention",
+    )
+)  # fmt: skip

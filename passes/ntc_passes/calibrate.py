@@ -1,0 +1,109 @@
+"""Run the calibration text through the program and keep sample activations where neurons may go.
+
+Policy passes after this one read ``node.meta["ntc.stats"]["rows"]`` (a sample of ``[rows, C]`` activations) at the inputs
+of every attention and the pre-activation of every GELU or ReLU, and decide thresholds from it. Nothing is rewritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.errors import PassError
+from ntc.meta import STATS
+from ntc.ops import aten
+from ntc.pipeline import Context, Pass, PassResult
+from ntc.program import Program, interpret
+
+__all__ = ["Calibrate", "threshold_from"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``calibrate``.
+
+    Attributes:
+        rows: Most tokens kept per site; more make percentiles surer and need more memory.
+        seed: Which tokens are kept.
+    """
+
+    rows: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, got {self.rows}")
+
+
+class Calibrate(Pass):
+    """Sample activations at every place where a neuron may go."""
+
+    name = "calibrate"
+    requires = frozenset({"canonical"})
+    provides = frozenset({"calibrated"})
+    exact = True
+    Options = Options
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Run every calibration batch once."""
+        calibration = context.calibration
+        if calibration is None or calibration.tokens == 0:
+            raise PassError("calibrate needs calibration text: give --calibration FILE, or a Calibration in the context")
+        sites = _sites(program)
+        keep = _chosen_rows(calibration.tokens, self.options.rows, self.options.seed)
+        samples: dict[Node, list[Tensor]] = {site: [] for site in sites}
+        first = 0
+        with torch.no_grad():
+            for number, batch in enumerate(calibration.batches):
+                context.progress("calibrate", number, len(calibration.batches))
+                rows = keep[(keep >= first) & (keep < first + batch.numel())] - first
+
+                def visit(node: Node, args: tuple[Any, ...], value: Any, rows: Tensor = rows) -> None:
+                    if node in samples:
+                        samples[node].append(value.flatten(0, -2)[rows].clone())
+
+                interpret(program, batch, visit)
+                first += batch.numel()
+        for site, parts in samples.items():
+            site.meta[STATS] = {"rows": torch.cat(parts)}
+        notes = {"tokens": calibration.tokens, "data": calibration.description, "sha256": calibration.sha256, "rows": len(keep)}
+        return PassResult(modified=bool(sites), sites=len(sites), notes=notes)
+
+
+def _sites(program: Program) -> list[Node]:
+    found: dict[Node, None] = {}
+    for node in program.graph.nodes:
+        if node.target is torch.ops.ntc.attention.default:
+            found.update(dict.fromkeys(a for a in node.args[:3] if isinstance(a, Node)))
+        elif node.target in (aten.gelu.default, aten.relu.default) and isinstance(node.args[0], Node):
+            found[node.args[0]] = None
+    return list(found)
+
+
+def _chosen_rows(tokens: int, rows: int, seed: int) -> Tensor:
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
+    return order[:rows].sort().values
+
+
+def threshold_from(rows: Tensor, percentile: float, signed: bool) -> Tensor:
+    """Threshold per channel: the percentile of the activations that the neuron should be able to code.
+
+    Rueckauer et al. 2017 (10.3389/fnins.2017.00682) use the 99 to 99.9th percentile of the positive activations, so that
+    a few outliers do not stretch the scale.
+
+    Args:
+        rows: Sample activations ``[rows, C]``.
+        percentile: In (0, 100].
+        signed: Of ``|x|`` for ternary neurons, else of ``max(x, 0)``.
+
+    Returns:
+        ``[C]``, positive: a channel that is never active gets a thousandth of the largest threshold, so that it stays
+        silent in spite of rounding, not a zero that would fire always.
+    """
+    values = rows.abs() if signed else rows.clamp(min=0)
+    theta = torch.quantile(values.double(), percentile / 100, dim=0)
+    return theta.clamp(min=float(theta.max()) * 1e-3 or 1e-3).to(rows.dtype)

@@ -1,0 +1,118 @@
+"""Rates become spike trains: the mechanism that gives a program its time axis.
+
+Before::
+
+    %r = ntc.if_rate(%h, threshold, False)        # annotated: NeuronSpec(steps=4, v0=0.5, ...)
+    %y = linear(%r, weight, bias)
+    %z = add(%x, %y)
+
+After::
+
+    %s = ntc.integrate_fire(%h, threshold, 4, ...)      # spikes T=4
+    %i = linear(%s, weight, bias)                       # synaptic current T=4
+    %y = ntc.decode(%i, 'rate')                         # mean over the steps
+    %z = add(%x, %y)
+
+Every annotated rate node is replaced. The time axis goes on through every op whose type rule takes it (linear layers
+driven by spikes, spiking attention, scales); where an op does not, a decode is put in front of it. A bias is a constant
+current at every step, which the mean leaves as it is. Which neuron and how many steps was decided before, by the passes
+that wrote the annotations; this one decides nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from ntc.errors import PassError, where
+from ntc.meta import NEURON, TYPE, NeuronSpec, building
+from ntc.ops import TypeMismatch, spec_of, timed
+from ntc.ops.spec import host_rule
+from ntc.pipeline import Context, Pass, PassResult
+from ntc.program import Program
+from ntc.spike_type import CurrentType, NodeType, SpikeType
+
+__all__ = ["InsertNeurons"]
+
+_RATE = torch.ops.ntc.if_rate.default
+
+
+class InsertNeurons(Pass):
+    """Replace annotated rates by neurons and put decodes where time ends."""
+
+    name = "insert-neurons"
+    requires = frozenset({"neurons-annotated"})
+    provides = frozenset({"spiking"})
+    removes = frozenset({"neurons-annotated"})
+    required = True
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """One walk in topological order."""
+        types: dict[Node, NodeType] = {}
+        decoded: dict[Node, Node] = {}
+        sites = 0
+        for node in list(program.graph.nodes):
+            if node.op == "output":
+                continue
+            if node.target is _RATE:
+                spec = node.meta.get(NEURON)
+                if spec is None:
+                    raise PassError(f"{where(node)} is a rate without a neuron annotation: a policy pass has to decide its neuron")
+                node = _insert(program, node, spec, types, decoded)
+                sites += 1
+            types[node] = _type(program, node, types, decoded)
+        return PassResult(sites > 0, sites)
+
+
+def _insert(
+    program: Program, node: Node, spec: NeuronSpec, types: dict[Node, NodeType], decoded: dict[Node, Node]
+) -> Node:
+    current, theta = node.args[0], node.args[1]
+    assert isinstance(current, Node)
+    given = types[current]
+    is_timed = isinstance(given, CurrentType) and given.steps == spec.steps
+    if timed(given) and not is_timed:  # a train of another length is read out first
+        current = _decode(program, current, given, node, decoded)
+        types[current] = current.meta[TYPE]
+    with building(program.graph, before=node, stands_for=[node], by=InsertNeurons.name) as call:
+        spikes = call(
+            torch.ops.ntc.integrate_fire.default, current, theta, spec.steps, spec.signed, spec.v0, is_timed, "atan", 1.0,
+            name=node.name.removesuffix("_rate") + "_spikes",
+        )  # fmt: skip
+    spikes.meta[NEURON] = spec
+    node.replace_all_uses_with(spikes)
+    program.graph.erase_node(node)
+    return spikes
+
+
+def _type(program: Program, node: Node, types: dict[Node, NodeType], decoded: dict[Node, Node]) -> NodeType:
+    """Type of a node, after decoding what it does not take."""
+    if node.op in ("placeholder", "get_attr"):
+        kept: NodeType = node.meta[TYPE] if TYPE in node.meta else host_rule(node, types.__getitem__)
+        return kept
+    spec = spec_of(node)
+    rule = spec.infer if spec else host_rule
+    trains = [a for a in node.all_input_nodes if timed(types[a])]
+    if not trains:
+        return node.meta[TYPE] if TYPE in node.meta else rule(node, types.__getitem__)
+    try:
+        return rule(node, types.__getitem__)
+    except TypeMismatch:
+        for train in trains:
+            value = _decode(program, train, types[train], node, decoded)
+            types[value] = value.meta[TYPE]
+            node.replace_input_with(train, value)
+    return rule(node, types.__getitem__)
+
+
+def _decode(program: Program, train: Node, given: NodeType, before: Node, decoded: dict[Node, Node]) -> Node:
+    """The decoded value of a train, made once, right behind it."""
+    if train not in decoded:
+        assert isinstance(given, SpikeType | CurrentType)
+        following = train.next
+        with building(program.graph, before=following, stands_for=[train], by=InsertNeurons.name) as call:
+            decoded[train] = call(torch.ops.ntc.decode.default, train, given.code, name=f"{train.name}_decoded")
+        from ntc.spike_type import ANALOG
+
+        decoded[train].meta[TYPE] = ANALOG
+    return decoded[train]

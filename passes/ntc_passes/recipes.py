@@ -1,0 +1,32 @@
+"""The recipes that ship with ntc: one published method each, one screen long."""
+
+from __future__ import annotations
+
+from ntc.recipe import Recipe, Step
+
+__all__ = ["FFN_ONLY", "NEURTRANSFORMER"]
+
+NEURTRANSFORMER = Recipe(
+    name="neurtransformer",
+    summary="Spiking self-attention in place of softmax attention, IF neurons in the FFN, thresholds folded to 1.",
+    source="NeurTransformer, arXiv 2510.00133",
+    spiking="Q, K, V and the attention products; the FFN's hidden layer",
+    analog="embeddings, LayerNorm, residual stream, the inputs of the Q, K, V and first FFN projections, lm_head",
+    steps=(
+        Step("canonicalize"),
+        Step("calibrate"),
+        Step("replace-attention"),  # before convert-ffn only for the reader: neither sees the other's result
+        Step("convert-ffn"),
+        Step("fold-thresholds"),  # before insert-neurons, where it is exact to rounding and not up to threshold ties
+        Step("insert-neurons"),
+    ),
+)
+
+FFN_ONLY = Recipe(
+    name="ffn-only",
+    summary="IF neurons in the FFN, softmax attention left analog: what FFN conversion alone costs.",
+    source="Rueckauer et al. 2017, 10.3389/fnins.2017.00682; Bu et al. 2022 (QCFS)",
+    spiking="the FFN's hidden layer",
+    analog="attention, embeddings, LayerNorm, residual stream, lm_head",
+    steps=(Step("canonicalize"), Step("calibrate"), Step("convert-ffn"), Step("fold-thresholds"), Step("insert-neurons")),
+)
