@@ -29,10 +29,9 @@ demo: $(STAMP) ## Compile the reference GPT-2 to a spiking network and evaluate 
 test: $(STAMP) ## Run the tests, without the slow ones
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-lint: $(STAMP) ## Run ruff, mypy and import-linter
-	$(BIN)/ruff check
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+lint: $(STAMP) ## Run ruff, mypy and import-linter, all three whatever they find
+	@failed=0; for command in "ruff check --output-format concise" mypy "lint-imports --no-logo"; do \
+		echo "$(BIN)/$$command"; $(BIN)/$$command || failed=1; done; exit $$failed
 
 check: lint test ## Run the linters, then the tests
 
@@ -41,7 +40,7 @@ golden: $(STAMP) ## Rewrite the golden files in tests/golden; read the diff befo
 
 clean: ## Remove the demo's output and the caches; .venv and the rest of build stay
 	rm -rf $(DEMO_OUT) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find ntc passes backends tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, so that a failing download of the one large package shows at once. The build tools are installed
 # here and not by pip's build isolation, which would not hold them to constraints.txt.
