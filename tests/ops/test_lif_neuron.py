@@ -1,0 +1,142 @@
+import itertools
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import CURRENT, RATE, SPIKES, Constant, Step, counts, dyadics, gradients, infer, operand, random, same_layout
+
+from ntc.errors import ConfigError
+from ntc.ops import Counts, TypeMismatch, leaky_integrate_fire
+from ntc.ops.lif_neuron import first_spike_oracle
+from ntc.spike_type import ANALOG, CurrentType, SpikeType
+from ntc.surrogate import SURROGATES
+
+LIF = torch.ops.ntc.leaky_integrate_fire.default
+
+
+def run(current, threshold, tau, steps, hard=False, timed=False, surrogate="sigmoid", width=1.0):
+    return leaky_integrate_fire(current, threshold, tau, steps, hard, timed, surrogate, width)
+
+
+def reference(current, threshold, tau, steps, hard, surrogate, width):
+    """The equations of the module's docstring with ordinary differentiable operations; ``current`` is ``[T, ...]``."""
+    v, spikes = torch.zeros_like(current[0]), []
+    for t in range(steps):
+        u = v + (current[t] - v) / tau
+        s = Step.apply((u - threshold) / threshold, surrogate, width)
+        v = u * (1 - s) if hard else u - threshold * s
+        spikes.append(s)
+    return torch.stack(spikes)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.integers(1, 8), st.booleans(), st.booleans(), st.sampled_from([1, 2, 4]), st.integers(1, 32))
+def test_follows_the_equations_in_exact_arithmetic(data, steps, hard, timed, tau, theta):
+    x = data.draw(dyadics(-96, 96, steps if timed else 1))
+    current = torch.tensor(x, dtype=torch.float64).view(-1, 1, 1, 1)
+    spikes = run(current if timed else current[0], torch.tensor([theta / 8], dtype=torch.float64), float(tau), steps, hard, timed)
+    v, th = Fraction(0), Fraction(theta, 8)
+    for t, s in enumerate(spikes.flatten().tolist()):
+        u = v + (Fraction(x[t if timed else 0]) - v) / tau
+        assert s == (u >= th)
+        v = (Fraction(0) if s else u) if hard else u - th * int(s)
+
+
+def test_hard_and_soft_reset_differ():
+    # u before firing, * = fires. Soft: 0.9375, 1.40625*, 1.140625*. Hard: 0.9375, 1.40625*, 0.9375.
+    x = torch.tensor([[[1.875]]])
+    assert run(x, torch.ones(1), 2.0, 3).flatten().tolist() == [0, 1, 1]
+    assert run(x, torch.ones(1), 2.0, 3, hard=True).flatten().tolist() == [0, 1, 0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(-40, 120), st.integers(1, 40), st.sampled_from([1.0, 1.5, 2.0, 3.0, 4.0]), st.booleans())
+def test_first_spike(x, theta, tau, hard):
+    current, threshold, steps = torch.tensor([[[x / 8]]], dtype=torch.float64), torch.tensor([theta / 8], dtype=torch.float64), 40
+    fired = run(current, threshold, tau, steps, hard).flatten().nonzero().flatten().tolist()
+    expected = float(first_spike_oracle(current, threshold, tau))
+    if expected <= steps:
+        assert fired[0] + 1 == expected
+    elif math.isinf(expected) and x < theta:
+        assert fired == []
+    else:  # x = theta is approached and, in floating point, may be reached when nothing is left of the difference
+        assert not fired or x == theta
+
+
+@pytest.mark.parametrize(("x", "theta", "tau", "step"), [
+    (2.0, 1.0, 2.0, 1), (4.0, 3.0, 2.0, 2), (8.0, 7.0, 2.0, 3), (16.0, 15.0, 2.0, 4), (16.0, 7.0, 4.0, 2), (1.5, 1.0, 2.0, 2),
+    (1.0, 1.0, 1.0, 1), (3.0, 1.0, 1.0, 1), (0.5, 1.0, 1.0, math.inf), (0.5, 1.0, 2.0, math.inf), (0.0, 1.0, 2.0, math.inf),
+    (-3.0, 1.0, 2.0, math.inf),
+])  # fmt: skip
+def test_first_spike_by_hand(x, theta, tau, step):
+    # Among them membranes that meet theta exactly: u(t) = x (1 - 2**-t).
+    assert float(first_spike_oracle(torch.tensor([x]), torch.tensor([theta]), tau)) == step
+    spikes = run(torch.tensor([[[x]]]), torch.tensor([theta]), tau, 6).flatten().tolist()
+    assert (spikes.index(1.0) + 1 if 1.0 in spikes else math.inf) == step
+
+
+@pytest.mark.parametrize(
+    ("name", "timed", "channels", "hard"), list(itertools.product(sorted(SURROGATES), [False, True], [1, 4], [False, True]))
+)
+def test_gradient_is_the_one_of_the_equations(name, timed, channels, hard):
+    steps, width, tau = 5, 0.8, 2.0
+    x = random(*((steps,) if timed else ()), 2, 3, 4, low=-1.0, high=4.0)
+    theta = random(channels, low=0.5, high=1.2, seed=1)
+    ours = run(x, theta, tau, steps, hard, timed, name, width)
+    theirs = reference(x if timed else x.expand(steps, 2, 3, 4), theta, tau, steps, hard, name, width)
+    assert torch.equal(ours, theirs)
+    assert ours.sum() > 0
+    for a, b in zip(gradients(ours, [x, theta]), gradients(theirs, [x, theta]), strict=True):
+        assert a.shape == b.shape
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_threshold_shapes_and_surrogate_names_are_checked():
+    x = random(2, 3, 4)
+    with pytest.raises(ValueError, match=r"\[1\] or \[4\]"):
+        run(x, torch.ones(3), 2.0, 2)
+    with pytest.raises(ConfigError, match="no surrogate"):
+        run(x, torch.ones(1), 2.0, 2, surrogate="step")
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_opcheck(timed):
+    x = random(*((3,) if timed else ()), 2, 3, 4, dtype=torch.float32, high=4.0)
+    theta = random(4, low=0.5, high=1.0, dtype=torch.float32)
+    torch.library.opcheck(leaky_integrate_fire, (x, theta, 2.0, 3, timed, timed, "sigmoid", 1.0))
+    assert same_layout(leaky_integrate_fire, x.detach(), theta.detach(), 2.0, 3, timed, timed, "sigmoid", 1.0)
+
+
+def test_compiles_with_gradients():
+    def f(x, theta):
+        return 2 * run(2 * x, theta, 2.0, 3, hard=True)
+
+    x, theta = random(2, 3, 4, dtype=torch.float32, high=4.0), random(4, low=0.5, high=1.0, dtype=torch.float32)
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)(x, theta)
+    assert torch.equal(f(x, theta), compiled)
+    for a, b in zip(gradients(f(x, theta), [x, theta]), gradients(compiled, [x, theta]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("kind", "timed", "fits"), [
+    (ANALOG, False, True), (CURRENT, True, True), (ANALOG, True, False), (CURRENT, False, False), (CurrentType(5), True, False),
+    (CurrentType(4, "phase"), True, False), (SPIKES, True, False), (SPIKES, False, False), (RATE, False, False),
+])  # fmt: skip
+def test_types(kind, timed, fits):
+    arguments = (kind, Constant((8,)), 2.0, 4, True, timed, "sigmoid", 1.0)
+    if fits:
+        assert infer(LIF, *arguments) == SpikeType(4)
+    else:
+        with pytest.raises(TypeMismatch, match="%x0"):
+            infer(LIF, *arguments)
+
+
+def test_counting():
+    spikes = torch.zeros(4, 1, 2, 3)
+    spikes[0, 0, 0, 0] = spikes[3, 0, 1, 2] = 1
+    got = counts(LIF, [operand(torch.zeros(1, 2, 3)), operand(torch.ones(1))], operand(spikes, SPIKES))
+    assert got == Counts(neuron_updates=24, macs=24, spikes=2, neurons=3)
