@@ -23,7 +23,7 @@ __all__ = ["ATTENTION", "attention", "merge_heads", "split_heads"]
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """``[..., L, H D] -> [..., H, L, D]``."""
-    return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(-3, -2)
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     to_scores = p * (to_p - (to_p * p).sum(-1, keepdim=True)) * ctx.scale
 
     def per_kv_head(x: Tensor) -> Tensor:
-        return merge_heads(x.unflatten(-3, (ctx.kv_heads, groups)).sum(-3))
+        return merge_heads(x.reshape(*x.shape[:-3], ctx.kv_heads, groups, *x.shape[-2:]).sum(-3))
 
     return (
         merge_heads(to_scores @ k), per_kv_head(to_scores.transpose(-2, -1) @ q), per_kv_head(p.transpose(-2, -1) @ g),

@@ -49,7 +49,8 @@ def decode(train: Tensor, code: str) -> Tensor:
     if code == "count":
         return train.sum(0).contiguous()
     weights = torch.tensor(decode_weights(code, train.shape[0]), dtype=train.dtype, device=train.device)
-    return torch.tensordot(weights, train, dims=1).contiguous()
+    value: Tensor = torch.tensordot(weights, train, dims=1)
+    return value.contiguous()
 
 
 @decode.register_fake

@@ -87,8 +87,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     heads, kv_heads = ctx.heads, ctx.kv_heads
 
     def backwards(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        y = spiking_attention(a.flip(-2), b.flip(-2), c.flip(-2), heads, heads).flip(-2)
-        return y.unflatten(-1, (kv_heads, heads // kv_heads, y.shape[-1] // heads)).sum(-2).flatten(-2)
+        y: Tensor = spiking_attention(a.flip(-2), b.flip(-2), c.flip(-2), heads, heads)
+        y = y.flip(-2)
+        return y.reshape(*y.shape[:-1], kv_heads, heads // kv_heads, y.shape[-1] // heads).sum(-2).flatten(-2)
 
     k, v = (merge_heads(_grouped(x, heads, kv_heads)) for x in (key, value))
     return spiking_attention(grad, value, key, heads, kv_heads), backwards(v, grad, query), backwards(k, query, grad), None, None
