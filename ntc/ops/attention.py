@@ -18,7 +18,7 @@ from torch.fx import Node
 from ntc.ops.spec import Counts, Operand, OpSpec, host_rule, register
 from ntc.spike_type import NodeType
 
-__all__ = ["ATTENTION", "attention", "merge_heads", "split_heads"]
+__all__ = ["ATTENTION", "ONNX_MERGE", "ONNX_SPLIT", "attention", "merge_heads", "split_heads"]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -104,4 +104,59 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(dense_macs=tokens * length * width, macs=tokens * seen * width, elementwise=3 * heads * tokens * seen)
 
 
-ATTENTION = register(OpSpec(target=torch.ops.ntc.attention.default, infer=_infer, count=_count, kind="attention"))
+ONNX_SPLIT = """
+    query_heads = Constant <value_int: int = @heads> ()
+    key_heads = Constant <value_int: int = @kv_heads> ()
+    groups = Div(query_heads, key_heads)
+    axis = Constant <value_ints = [0]> ()
+    hk = Unsqueeze(key_heads, axis)
+    g = Unsqueeze(groups, axis)
+    h = Unsqueeze(query_heads, axis)
+    one = Constant <value_ints = [1]> ()
+    any = Constant <value_ints = [-1]> ()
+    length = Shape <start = -2, end = -1> (query)
+    lead = Shape <end = -1> (query)
+    query_width = Shape <start = -1> (query)
+    key_width = Shape <start = -1> (key)
+    value_width = Shape <start = -1> (value)
+    query_size = Div(query_width, h)
+    key_size = Div(key_width, hk)
+    value_size = Div(value_width, hk)
+    query_shape = Concat <axis = 0> (any, length, hk, g, query_size)
+    key_shape = Concat <axis = 0> (any, length, hk, one, key_size)
+    value_shape = Concat <axis = 0> (any, length, hk, one, value_size)
+    query_split = Reshape(query, query_shape)
+    key_split = Reshape(key, key_shape)
+    value_split = Reshape(value, value_shape)
+    q = Transpose <perm = [0, 2, 3, 1, 4]> (query_split)
+    kt = Transpose <perm = [0, 2, 3, 4, 1]> (key_split)
+    v = Transpose <perm = [0, 2, 3, 1, 4]> (value_split)
+    scores = MatMul(q, kt)
+"""
+ONNX_MERGE = """
+    rows = Transpose <perm = [0, 3, 1, 2, 4]> (products)
+    merged = Concat <axis = 0> (lead, any)
+    y = Reshape(rows, merged)
+"""
+"""Head split with the scores, and head merge, in the text of ONNX functions: any leading axes are one axis N in between,
+``[N, Hk, H / Hk, L, D]``; the keys and values of a group are broadcast, never copied."""
+
+_ONNX = f"""
+<domain: "ntc", opset_import: ["": 20]>
+Attention <heads, kv_heads, scale> (query, key, value) => (y)
+{{{ONNX_SPLIT}
+    factor_value = Constant <value_float: float = @scale> ()
+    factor = CastLike(factor_value, query)
+    scaled = Mul(scores, factor)
+    hidden_value = Constant <value_float = -inf> ()
+    hidden = CastLike(hidden_value, query)
+    square = Concat <axis = 0> (length, length)
+    all_hidden = Expand(hidden, square)
+    diagonal = Constant <value_int = 1> ()
+    mask = Trilu <upper = 1> (all_hidden, diagonal)
+    masked = Add(scaled, mask)
+    probabilities = Softmax <axis = -1> (masked)
+    products = MatMul(probabilities, v)
+{ONNX_MERGE}}}
+"""
+ATTENTION = register(OpSpec(target=torch.ops.ntc.attention.default, infer=_infer, count=_count, kind="attention", onnx=_ONNX))

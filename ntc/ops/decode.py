@@ -85,4 +85,49 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=operands[0].numel)
 
 
-DECODE = register(OpSpec(target=torch.ops.ntc.decode.default, infer=_infer, count=_count, element="decode", kind="decode"))
+# A mean or a sum of spikes is the same bits in any order; of real currents it depends on the order from T = 5 on.
+_ONNX = """
+<domain: "ntc", overload: "rate", opset_import: ["": 20]>
+Decode <code> (train) => (value)
+{
+    time = Constant <value_ints = [0]> ()
+    value = ReduceMean <keepdims = 0> (train, time)
+}
+
+<domain: "ntc", overload: "count", opset_import: ["": 20]>
+Decode <code> (train) => (value)
+{
+    time = Constant <value_ints = [0]> ()
+    value = ReduceSum <keepdims = 0> (train, time)
+}
+
+<domain: "ntc", overload: "phase", opset_import: ["": 20]>
+Decode <code> (train) => (value)
+{
+    first = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    axis = Constant <value_ints = [0]> ()
+    head = Shape <end = 1> (train)
+    steps = Squeeze(head, axis)
+    ticks = Range(first, steps, one)
+    later = Add(ticks, one)
+    exponent = CastLike(later, train)
+    half_value = Constant <value_float = 0.5> ()
+    half = CastLike(half_value, train)
+    weights = Pow(half, exponent)
+    shape = Shape(train)
+    rank = Size(shape)
+    others = Sub(rank, one)
+    single = Constant <value_ints = [1]> ()
+    count = Unsqueeze(others, axis)
+    ones = Expand(single, count)
+    column = Concat <axis = 0> (head, ones)
+    factor = Reshape(weights, column)
+    weighted = Mul(train, factor)
+    value = ReduceSum <keepdims = 0> (weighted, axis)
+}
+"""
+
+DECODE = register(
+    OpSpec(target=torch.ops.ntc.decode.default, infer=_infer, count=_count, element="decode", kind="decode", onnx=_ONNX)
+)

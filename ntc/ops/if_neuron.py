@@ -182,8 +182,41 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(neuron_updates=result.numel, spikes=result.nonzero, neurons=result.shape[-1])
 
 
+def _onnx(signed: bool, is_timed: bool) -> str:
+    """One variant as an ONNX function: the kernel's arithmetic in the kernel's order, so that the spikes are the same bits.
+
+    A Scan over the steps: over the current itself if it is timed, else over the ticks 0..T-1, with the current from outside.
+    """
+    variant = ".".join(word for word, on in (("signed", signed), ("timed", is_timed)) if on)
+    floor = "zero = Constant <value_float = 0.0> ()  floor = CastLike(zero, threshold)" if signed else ""
+    fire = "up = CastLike(fires, u)  negative = Less(u, floor)  down = CastLike(negative, u)  s = Sub(up, down)"
+    ticks = "first = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()  ticks = Range(first, trips, one)"
+    return f"""
+    <domain: "ntc", overload: "{variant}", opset_import: ["": 20]>
+    IntegrateFire <steps, v0, signed, timed, comparison, reset> (current, threshold) => (spikes)
+    {{
+        fraction = Constant <value_float: float = @v0> ()
+        fraction_like = CastLike(fraction, threshold)
+        start = Mul(fraction_like, threshold)
+        shape = Shape <start = {int(is_timed)}> (current)
+        resting = Expand(start, shape)
+        trips = Constant <value_int: int = @steps> ()
+        {"" if is_timed else ticks}
+        {floor}
+        membrane, spikes = Scan <num_scan_inputs = 1, body = step (v, x) => (v_next, s) {{
+            u = Add(v, {"x" if is_timed else "current"})
+            fires = GreaterOrEqual(u, threshold)
+            {fire if signed else "s = CastLike(fires, u)"}
+            drop = Mul(s, threshold)
+            v_next = Sub(u, drop)
+        }}> (resting, {"current" if is_timed else "ticks"})
+    }}
+    """
+
+
 IF_NEURON = register(
     OpSpec(
-        target=torch.ops.ntc.integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons"
+        target=torch.ops.ntc.integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons",
+        onnx="".join(_onnx(signed, is_timed) for signed in (False, True) for is_timed in (False, True)),
     )
 )

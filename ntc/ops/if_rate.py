@@ -75,4 +75,17 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=2 * result.numel)
 
 
-IF_RATE = register(OpSpec(target=torch.ops.ntc.if_rate.default, infer=_infer, count=_count, kind="neurons"))
+_ONNX = """
+<domain: "ntc", opset_import: ["": 20]>
+IfRate <signed> (current, threshold) => (rate)
+{
+    sign = Constant <value_int: int = @signed> ()
+    minus = Neg(sign)
+    lowest = CastLike(minus, current)
+    unit = Constant <value_float = 1.0> ()
+    highest = CastLike(unit, current)
+    ratio = Div(current, threshold)
+    rate = Clip(ratio, lowest, highest)
+}
+"""
+IF_RATE = register(OpSpec(target=torch.ops.ntc.if_rate.default, infer=_infer, count=_count, kind="neurons", onnx=_ONNX))

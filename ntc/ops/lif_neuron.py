@@ -138,6 +138,40 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(neuron_updates=result.numel, macs=result.numel, spikes=result.nonzero, neurons=result.shape[-1])
 
 
+def _onnx(hard: bool, is_timed: bool) -> str:
+    """One variant as an ONNX function (see the IF neuron's)."""
+    variant = ".".join(word for word, on in (("hard_reset", hard), ("timed", is_timed)) if on)
+    ticks = "first = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()  ticks = Range(first, trips, one)"
+    unit = "whole = Constant <value_float = 1.0> ()  unit = CastLike(whole, threshold)" if hard else ""
+    reset = "quiet = Sub(unit, s)  v_next = Mul(u, quiet)" if hard else "drop = Mul(s, threshold)  v_next = Sub(u, drop)"
+    return f"""
+    <domain: "ntc", overload: "{variant}", opset_import: ["": 20]>
+    LeakyIntegrateFire <tau, steps, hard_reset, timed, comparison, reset> (current, threshold) => (spikes)
+    {{
+        constant = Constant <value_float: float = @tau> ()
+        time_constant = CastLike(constant, threshold)
+        nought = Constant <value_float = 0.0> ()
+        start = CastLike(nought, threshold)
+        shape = Shape <start = {int(is_timed)}> (current)
+        resting = Expand(start, shape)
+        trips = Constant <value_int: int = @steps> ()
+        {"" if is_timed else ticks}
+        {unit}
+        membrane, spikes = Scan <num_scan_inputs = 1, body = step (v, x) => (v_next, s) {{
+            driven = Sub({"x" if is_timed else "current"}, v)
+            leaked = Div(driven, time_constant)
+            u = Add(v, leaked)
+            fires = GreaterOrEqual(u, threshold)
+            s = CastLike(fires, u)
+            {reset}
+        }}> (resting, {"current" if is_timed else "ticks"})
+    }}
+    """
+
+
 LIF_NEURON = register(
-    OpSpec(target=torch.ops.ntc.leaky_integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons")
-)
+    OpSpec(
+        target=torch.ops.ntc.leaky_integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons",
+        onnx="".join(_onnx(hard, is_timed) for hard in (False, True) for is_timed in (False, True)),
+    )
+)  # fmt: skip

@@ -58,6 +58,21 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=result.numel)
 
 
+_ONNX = """
+<domain: "ntc", opset_import: ["": 20]>
+PositionScale (x) => (y)
+{
+    tail = Shape <start = -2, end = -1> (x)
+    length = Squeeze(tail)
+    one = Constant <value_int = 1> ()
+    stop = Add(length, one)
+    seen = Range(one, stop, one)
+    last = Constant <value_ints = [-1]> ()
+    column = Unsqueeze(seen, last)
+    divisor = CastLike(column, x)
+    y = Div(x, divisor)
+}
+"""
 POSITION_SCALE = register(
-    OpSpec(target=torch.ops.ntc.position_scale.default, infer=_infer, count=_count, element="scale", kind="attention")
+    OpSpec(target=torch.ops.ntc.position_scale.default, infer=_infer, count=_count, element="scale", kind="attention", onnx=_ONNX)
 )

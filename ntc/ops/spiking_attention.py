@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.attention import merge_heads, split_heads
+from ntc.ops.attention import ONNX_MERGE, ONNX_SPLIT, merge_heads, split_heads
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType
 
@@ -191,10 +191,19 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(dense_macs=dense, acs=measured["scores"] + measured["values"])
 
 
+_ONNX = f"""
+<domain: "ntc", opset_import: ["": 20]>
+SpikingAttention <heads, kv_heads> (query, key, value) => (y)
+{{{ONNX_SPLIT}
+    causal = Trilu <upper = 0> (scores)
+    products = MatMul(causal, v)
+{ONNX_MERGE}}}
+"""
+
 SPIKING_ATTENTION = register(
     OpSpec(
         target=torch.ops.ntc.spiking_attention.default, infer=_infer, count=_count, measure=_measure,
-        element="dynamic_product", kind="attention",
+        element="dynamic_product", kind="attention", onnx=_ONNX,
     )
 )  # fmt: skip
 
