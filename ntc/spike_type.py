@@ -90,6 +90,10 @@ class CurrentType:
     steps: int
     code: Code = "rate"
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"a current over time needs at least one time step, got steps={self.steps}")
+
     def __str__(self) -> str:
         return f"current T={self.steps} {self.code}"
 

@@ -59,13 +59,14 @@ def _scale_type(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     train, value = moving[0]
     constants = [a for a in inputs if a is not train]
     if len(moving) > 1 or any(a.op != "get_attr" for a in constants):
-        raise TypeMismatch(f"{node.target} scales spikes by a constant only", moving[-1][0])
+        other = constants[0] if constants else train
+        raise TypeMismatch(f"%{train.name} is {value}: scaled by a constant only, not by %{other.name}, which is {type_of(other)}", other)
     if isinstance(value, RateType):
         return ANALOG
     shape = tuple(constants[0].meta["val"].shape) if constants else ()
     rank = train.meta["val"].dim()
     if len(shape) > rank or (len(shape) == rank and shape[0] != 1):
-        raise TypeMismatch(f"a factor per time step would change the {value.code} code of %{train.name}: {value}", constants[0])
+        raise TypeMismatch(f"%{constants[0].name} has a factor per time step, which changes the code of %{train.name}: {value}", constants[0])
     if isinstance(value, CurrentType):
         return value
     factor: Scale = "token" if any(n != 1 for n in shape[:-1]) else "channel" if shape and shape[-1] != 1 else "tensor"
