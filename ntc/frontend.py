@@ -11,13 +11,14 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
-from torch.fx import Graph, GraphModule
+from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule, Node
 
 import ntc.ops
 from ntc.errors import CaptureError, NtcError
@@ -62,6 +63,8 @@ def capture(model: nn.Module | str | Path, example: Tensor | Sequence[Tensor] | 
         source, module = type(model).__name__, model
     if isinstance(example, Sequence) and not isinstance(example, Tensor):
         example = example[0] if example else None
+    if example is not None and not isinstance(example, Tensor):
+        raise CaptureError(f"the example must be a tensor of token ids [B, L], not a {type(example).__name__}")
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
         module = copy.deepcopy(module).float()
     if isinstance(module, transformers.PreTrainedModel):
@@ -119,8 +122,8 @@ def _our_attention(model: PreTrainedModel) -> Iterator[None]:
     """Switch a model to our attention function, and back."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(_ATTENTION, _attention_node)  # type: ignore[no-untyped-call]
-    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(_ATTENTION, _attention_node)
+    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(_ATTENTION)
@@ -169,19 +172,25 @@ def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, 
         raise CaptureError(f"example token ids must be integers of shape [B, L] with B, L >= 2, got {tuple(example.shape)}")
     wrapper = _Logits(module, hugging_face=config is not None)
     with _eval_mode(wrapper), torch.no_grad():
+        run = partial(reference, module) if reference else wrapper
         try:
-            exported = torch.export.export(
-                wrapper, (example,), dynamic_shapes={"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}, strict=False
-            )
+            expected = run(example)
         except NtcError:
             raise
-        except Exception as error:  # torch.export raises many kinds; all mean that this model cannot be captured
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise CaptureError(f"torch.export could not capture {source}: {reason}") from error
-        expected = reference(module, example) if reference else wrapper(example)
+        except Exception as error:
+            raise CaptureError(f"{source} fails on the example token ids: {_first_line(error)}") from error
+        if expected.shape[:2] != example.shape:
+            raise CaptureError(
+                f"{source} returns logits of shape {list(expected.shape)} for token ids {list(example.shape)}: "
+                "ntc needs logits for every position, [B, L, V]"
+            )
+        exported, used = _export(wrapper, example, source)
+        if used is not example:
+            example, expected = used, run(used)
+    limit = _longest(exported)
     lifted = exported.module(check_guards=False)
     assert isinstance(lifted, GraphModule)
-    program = Program(_plain(lifted, "model."), _info(module, source, expected, config), example, frozenset({"captured"}))
+    program = Program(_plain(lifted, "model."), _info(module, source, expected, config, limit), example, frozenset({"captured"}))
     program.refresh()
     _check_dynamic(program, source)
     with torch.no_grad():
@@ -190,6 +199,30 @@ def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, 
         raise CaptureError(f"the capture of {source} differs from the model by {drift:.3g} in its logits (limit {CAPTURE_TOLERANCE:g})")
     program.with_record(PassRecord("capture", {"source": source}, sites=len(program.graph.nodes), drift=drift))
     return program
+
+
+def _export(wrapper: nn.Module, example: Tensor, source: str, retry: bool = True) -> tuple[ExportedProgram, Tensor]:
+    """torch.export with batch and length dynamic; also returns the example that let both be so."""
+    dynamic = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    try:
+        return torch.export.export(wrapper, (example,), dynamic_shapes=dynamic, strict=False), example
+    except NtcError:
+        raise
+    except Exception as error:  # torch.export raises many kinds; all mean that this model cannot be captured
+        if retry and "specialized" in str(error) and example.shape[1] > 2:
+            # An example as long as a buffer that the model slices (a tril mask) makes torch take its length for a constant.
+            return _export(wrapper, example[:, :-1], source, retry=False)
+        reasons = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- ")]  # the headline says little
+        reason = reasons[0].removeprefix("- ") if reasons else _first_line(error)
+        raise CaptureError(f"torch.export could not capture {source}: {reason}") from error
+
+
+def _longest(exported: ExportedProgram) -> int:
+    """The most tokens that the model's own checks and buffers let through; 0 if they let any number."""
+    ids = next(n for n in reversed(exported.graph.nodes) if n.op == "placeholder")
+    length = ids.meta["val"].shape[1]
+    bounds = exported.range_constraints.get(length.node.expr) if isinstance(length, torch.SymInt) else None
+    return int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else 0
 
 
 def _plain(exported: GraphModule, prefix: str) -> GraphModule:
@@ -202,7 +235,7 @@ def _plain(exported: GraphModule, prefix: str) -> GraphModule:
         if node.op == "call_module":  # guards on the input, which Program.__call__ checks itself
             continue
         if node.op == "output":
-            (result,) = torch.fx.node._flatten(node.args) if hasattr(torch.fx.node, "_flatten") else node.all_input_nodes
+            (result,) = node.all_input_nodes
             graph.output(mapping[result])
             continue
         if node.op == "get_attr":
@@ -226,20 +259,25 @@ def _plain(exported: GraphModule, prefix: str) -> GraphModule:
     return module
 
 
-def _info(module: nn.Module, source: str, logits: Tensor, config: dict[str, Any] | None) -> ModelInfo:
+def _info(module: nn.Module, source: str, logits: Tensor, config: dict[str, Any] | None, limit: int) -> ModelInfo:
     return ModelInfo(
         source=source,
         architecture=type(module).__name__,
         vocab_size=logits.shape[-1],
-        context=int((config or {}).get("max_position_embeddings") or (config or {}).get("n_positions") or 0),
+        context=int((config or {}).get("max_position_embeddings") or (config or {}).get("n_positions") or limit),
         parameters=sum(p.numel() for p in module.parameters()),
         config={k: v for k, v in (config or {}).items() if isinstance(v, str | int | float | bool | type(None))},
     )
 
 
 def _check_dynamic(program: Program, source: str) -> None:
-    placeholder = next((n for n in program.graph.nodes if n.op == "placeholder"), None)
-    if placeholder is None or not placeholder.users:
+    used: set[Node] = set()
+    frontier = [n for n in program.graph.nodes if n.op == "output"]
+    while frontier:
+        new = set(frontier.pop().all_input_nodes) - used
+        used |= new
+        frontier.extend(new)
+    if not any(n.op == "placeholder" for n in used):
         raise CaptureError(f"{source} does not use its input ids")
 
 
@@ -296,7 +334,7 @@ def load_tokenizer(source: str | Path) -> Any | None:
     with _quiet(transformers):
         try:
             return transformers.AutoTokenizer.from_pretrained(str(source))
-        except Exception as error:  # a model without a usable tokenizer still compiles
+        except Exception as error:  # noqa: BLE001 - a model without a usable tokenizer still compiles
             logger.warning("no tokenizer in %s: %s", source, _first_line(error))
             return None
 
