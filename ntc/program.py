@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ntc.errors import DataError, NtcError
-from ntc.meta import NAME, TYPE, block_of, module_of
+from ntc.meta import NAME, NEURON, TYPE, block_of
 
 __all__ = ["ModelInfo", "PassRecord", "Program", "interpret", "op_name"]
 
@@ -127,13 +127,20 @@ class Program:
         assert isinstance(found, Tensor)
         return found
 
+    def tensor_or_none(self, name: str) -> Tensor | None:
+        """The tensor of that target name, or None if there is none."""
+        found: Any = self.module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return found if isinstance(found, Tensor) else None
+
     def add_tensor(self, name: str, value: Tensor, *, trainable: bool = True) -> str:
         """Give a new constant a name that is not taken yet; returns the name for ``get_attr``.
 
         Floating-point tensors become parameters (so that fine-tuning finds them) unless ``trainable`` is false.
         """
-        taken, unique, number = self._names(), name, 1
-        while unique in taken:
+        unique, number = name, 1
+        while self.tensor_or_none(unique) is not None:
             unique, number = f"{name}_{number}", number + 1
         owner: nn.Module = self.module
         *parents, last = unique.split(".")
@@ -149,22 +156,18 @@ class Program:
         self._wanted[unique] = name
         return unique
 
-    def _names(self) -> set[str]:
-        return {n for n, _ in self.module.named_parameters(remove_duplicate=False)} | {
-            n for n, _ in self.module.named_buffers(remove_duplicate=False)
-        }
-
     def copy(self) -> Program:
         """An independent graph over the same tensors: cheap, and passes never write into a tensor."""
         graph = Graph()
-        output = graph.graph_copy(self.graph, mapping := {})
+        mapping: dict[Node, Node] = {}
+        output = graph.graph_copy(self.graph, mapping)
         graph.output(output)
         for old, new in mapping.items():
             new.meta = dict(old.meta)
         return self.with_graph(graph)
 
     def with_graph(self, graph: Graph, extra: Mapping[str, Tensor] | None = None) -> Program:
-        """This program with another graph over the same tensors (and ``extra`` ones)."""
+        """The same program with another graph over the same tensors (and ``extra`` ones)."""
         tensors = {**self.tensors, **(extra or {})}
         targets = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         module = GraphModule({t: tensors[t] for t in sorted(targets)}, graph, "Program")
@@ -202,20 +205,25 @@ class Program:
     def propagate(self) -> None:
         """Fill ``val`` of every node by running the graph on fake tensors with symbolic batch and length."""
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * self.example.dim())
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * self.example.dim())
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                node.meta["val"] = mode.from_tensor(self.example, symbolic_context=context)
+            else:
+                self._infer(node, mode)
+
+    def infer(self, node: Node) -> None:
+        """Fill ``val`` of a new node from those of its arguments, without running the rest of the graph again."""
+        placeholder = next(n for n in self.graph.nodes if n.op == "placeholder")
+        self._infer(node, placeholder.meta["val"].fake_mode)
+
+    def _infer(self, node: Node, mode: FakeTensorMode) -> None:
         with mode:
-            values: dict[Node, Any] = {}
-            for node in self.graph.nodes:
-                if node.op == "placeholder":
-                    value: Any = mode.from_tensor(self.example, symbolic_context=context)
-                elif node.op == "get_attr":
-                    value = mode.from_tensor(self.tensor(node), static_shapes=True)
-                elif node.op == "call_function":
-                    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-                    value = node.target(*args, **kwargs)
-                else:
-                    continue
-                values[node] = node.meta["val"] = value
+            if node.op == "get_attr":
+                node.meta["val"] = mode.from_tensor(self.tensor(node), static_shapes=True)
+            elif node.op == "call_function":
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits ``[B, L, V]`` of token ids ``[B, L]``.
@@ -274,10 +282,12 @@ class Program:
         return f"{result} = {op_name(node.target)}({', '.join(arguments)})"
 
     def fingerprint(self) -> str:
-        """Hash of the printed graph and of the identities of its tensors: equal before and after a pass that did nothing."""
+        """Hash of the graph, its annotations and the identities of its tensors: equal before and after a pass that did nothing."""
         digest = hashlib.sha256(str(self.graph).encode())
-        for name, value in self.tensors.items():
-            digest.update(f"{name} {value.data_ptr()} {tuple(value.shape)}".encode())
+        for node in self.graph.nodes:
+            digest.update(f"{node.args} {node.kwargs} {node.meta.get(NEURON)}".encode())
+        for name, value in self.tensors.items():  # the version counts writes in place
+            digest.update(f"{name} {value.data_ptr()} {tuple(value.shape)} {value._version}".encode())
         return digest.hexdigest()
 
     def with_record(self, record: PassRecord) -> None:
@@ -301,7 +311,7 @@ class Program:
         import difflib
 
         wanted = name.removeprefix("%")
-        names = {n.name: n for n in self.graph.nodes}
+        names: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         if wanted not in names:
             near = difflib.get_close_matches(wanted, names, n=4, cutoff=0.4)
             raise NtcError(f"no node is called %{wanted}" + (f"; did you mean {', '.join('%' + n for n in near)}?" if near else ""))
@@ -310,14 +320,18 @@ class Program:
 
 def check_ids(input_ids: Tensor, info: ModelInfo) -> None:
     """Refuse token ids that the network cannot take."""
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
+    if not isinstance(input_ids, Tensor):
+        raise DataError(f"a program takes a tensor of token ids of shape [B, L], not a {type(input_ids).__name__}")
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise DataError(f"a program takes token ids of shape [B, L], got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
+    if not torch.compiler.is_compiling() and not input_ids.numel():
+        raise DataError(f"a program takes at least one token, got ids of shape {tuple(input_ids.shape)}")
     if info.context and input_ids.shape[1] > info.context:
         raise DataError(f"{input_ids.shape[1]} tokens are more than the model's context of {info.context}")
-    if input_ids.numel() and not torch.compiler.is_compiling():
-        top = int(input_ids.max())
-        if top >= info.vocab_size or int(input_ids.min()) < 0:
-            raise DataError(f"token id {top} is outside the vocabulary of {info.vocab_size} tokens")
+    if not torch.compiler.is_compiling():
+        low, top = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or top >= info.vocab_size:
+            raise DataError(f"token id {low if low < 0 else top} is outside the vocabulary of {info.vocab_size} tokens")
 
 
 def op_name(target: Any) -> str:
