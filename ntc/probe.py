@@ -19,7 +19,7 @@ from torch.fx import Node
 from ntc.ops import aten
 from ntc.program import Program
 
-__all__ = ["LAYOUT_OPS", "PROBE_SIZES", "Gathered", "concrete", "equals", "evaluate", "gather_of", "shape_at"]
+__all__ = ["LAYOUT_OPS", "PROBE_SIZES", "Gathered", "concrete", "equals", "evaluate", "gather_of", "probe_sizes", "shape_at"]
 
 # Two pairs (B, L) of distinct sizes that are no factor of usual widths.
 PROBE_SIZES: tuple[tuple[int, int], ...] = ((3, 7), (2, 5))
@@ -37,6 +37,14 @@ _SELECT_OPS = frozenset({
 })  # fmt: skip
 
 _SCALE_OPS = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar})
+
+
+def probe_sizes(program: Program) -> tuple[tuple[int, int], ...]:
+    """The sizes (B, L) to probe with: ``PROBE_SIZES``, shortened to what the model's context takes."""
+    limit = program.info.context
+    if not limit or limit >= max(length for _, length in PROBE_SIZES):
+        return PROBE_SIZES
+    return ((3, limit), (2, max(1, limit - 1)))
 
 
 def concrete(program: Program, value: Any, sizes: tuple[int, int]) -> Any:
@@ -90,7 +98,7 @@ def equals(
 
     The probe tensor has all elements different, so equality means that the same elements stand in the same places.
     """
-    for sizes in PROBE_SIZES:
+    for sizes in probe_sizes(program):
         probe = index_tensor(shape_at(program, root, sizes))
         try:
             got, expected = evaluate(program, node, {root: probe}, sizes), reference(probe, sizes)
@@ -165,7 +173,7 @@ def _source(node: Node) -> Node | None:
 def _explain(program: Program, root: Node, node: Node, view: Callable[[Tensor], Tensor]) -> Gathered | None:
     channels: Tensor | None = None
     factor = 1.0
-    for sizes in PROBE_SIZES:
+    for sizes in probe_sizes(program):
         shape = shape_at(program, root, sizes)
         probe = index_tensor(shape)
         try:

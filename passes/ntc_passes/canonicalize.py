@@ -19,19 +19,25 @@ guessed: each rewrite is proved by running both sides on small tensors (``ntc.pr
 
 from __future__ import annotations
 
+import builtins
+import keyword
+import math
 import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
-from ntc.meta import building, module_of
+from ntc.meta import MADE_BY, building, module_of
 from ntc.ops import aten
 from ntc.ops.attention import merge_heads
 from ntc.pipeline import Context, Pass, PassResult
-from ntc.probe import LAYOUT_OPS, Gathered, equals, evaluate, gather_of, shape_at
-from ntc.program import Program
+from ntc.probe import LAYOUT_OPS, Gathered, equals, evaluate, gather_of, probe_sizes, shape_at
+from ntc.program import Program, op_name
 
 __all__ = ["Canonicalize"]
 
@@ -56,23 +62,46 @@ class Canonicalize(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Apply the rules in order; each leaves a program that computes the same."""
-        sites, missed = 0, []
-        for rule in (_drop_no_ops, _drop_identity_layouts, _rewrite_linears, _drop_identity_layouts, _rewrite_gelus):
+        sites, missed = 0, list[tuple[Node, str]]()
+        # Views first: a view is only valid on the strides that the copies gave it, and copies are dropped next.
+        for rule in (_views_to_reshapes, _drop_no_ops, _drop_identity_layouts, _rewrite_linears, _drop_identity_layouts, _rewrite_gelus):
             sites += rule(program)
-            program.propagate()
         for node in list(program.graph.nodes):
             if node.target in _SOFTMAX or node.target is aten.scaled_dot_product_attention.default:
                 reason = _rewrite_attention(program, node)
                 if reason:
-                    missed.append((node.name, reason))
+                    missed.append((node, reason))
                 else:
                     sites += 1
-        program.propagate()
         sites += _drop_identity_layouts(program)
         sites += _split_fused_projections(program)
         program.graph.eliminate_dead_code()
         sites += _tidy_names(program)
-        return PassResult(modified=sites > 0, sites=sites, missed=tuple(missed))
+        return PassResult(modified=sites > 0, sites=sites, missed=tuple((node.name, reason) for node, reason in missed))
+
+
+@contextmanager
+def _building(program: Program, before: Node, stands_for: Iterable[Node]) -> Iterator[Callable[..., Node]]:
+    """``ntc.meta.building`` whose nodes have their shapes at once, because the next rule asks for them."""
+    with building(program.graph, before=before, stands_for=stands_for, by=Canonicalize.name) as call:
+
+        def make(target: Any, *args: Any, **options: Any) -> Node:
+            node = call(target, *args, **options)
+            program.infer(node)
+            return node
+
+        yield make
+
+
+def _views_to_reshapes(program: Program) -> int:
+    """One spelling of a change of shape, and one that does not depend on strides."""
+    count = 0
+    for node in program.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+            node.meta[MADE_BY] = tuple(dict.fromkeys((*node.meta[MADE_BY], Canonicalize.name)))
+            count += 1
+    return count
 
 
 def _drop_no_ops(program: Program) -> int:
@@ -92,7 +121,9 @@ def _drop_no_ops(program: Program) -> int:
 
 
 def _is_no_op(node: Node, source: Node) -> bool:
-    if node.target in (aten.dropout.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
+    if node.target is aten.dropout.default:
+        return not (len(node.args) > 2 and node.args[2])  # dropout(x, p, train): capture is in evaluation mode
+    if node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
         return True
     value, before = node.meta.get("val"), source.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(before, Tensor) or value.dtype != before.dtype:
@@ -134,15 +165,16 @@ def _constant_matrix(program: Program, node: object) -> tuple[Node, Tensor, bool
     """A weight matrix (in, out) behind a node: (its get_attr, value, whether the stored tensor is already (out, in))."""
     if not isinstance(node, Node):
         return None
-    base, transposed = node, False
+    base = node
     while base.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten.contiguous.default):
         base = base.args[0]  # type: ignore[assignment]
-        transposed = True
     if base.op != "get_attr" or base.meta["val"].dim() != 2:
         return None
     value: Tensor = evaluate(program, node, {}, (3, 7))
     stored = program.tensor(base).detach()
-    return base, value, transposed and value.shape == stored.T.shape and value.data_ptr() == stored.data_ptr()
+    # Shape alone would take a square matrix for its own transpose: the strides tell.
+    reusable = value.data_ptr() == stored.data_ptr() and value.shape == stored.T.shape and value.stride() == stored.T.stride()
+    return base, value, reusable
 
 
 def _rewrite_linears(program: Program) -> int:
@@ -151,7 +183,7 @@ def _rewrite_linears(program: Program) -> int:
     for node in list(program.graph.nodes):
         if node.target is aten.addmm.default:
             bias, x, matrix = node.args
-            if node.kwargs or not (isinstance(bias, Node) and bias.op == "get_attr"):
+            if node.kwargs or not (isinstance(bias, Node) and bias.op == "get_attr" and bias.meta["val"].dim() == 1):
                 continue
         elif node.target in (aten.mm.default, aten.matmul.default):
             (x, matrix), bias = node.args, None
@@ -162,11 +194,8 @@ def _rewrite_linears(program: Program) -> int:
             continue
         base, value, reusable = weight
         source = _unflattened(program, x)
-        with building(program.graph, before=node, stands_for=[node], by=Canonicalize.name) as call:
-            if reusable:
-                stored = base
-            else:
-                stored = call(program.add_tensor(f"{base.target}_t", value.T.contiguous()), at=base)
+        with _building(program, node, [node]) as call:
+            stored = base if reusable else call(_constant(program, f"{base.target}_t", value.T.contiguous()), at=base)
             result = call(aten.linear.default, source, stored, *([bias] if bias is not None else []))
             if source is not x:  # the old node was [B * L, out]: what follows sees that, and the chain cancels later
                 result = call(aten.reshape.default, result, [-1, value.shape[1]])
@@ -201,7 +230,7 @@ def _rewrite_gelus(program: Program) -> int:
         if found is None:
             continue
         source, last = found
-        with building(program.graph, before=last, stands_for=[node, last], by=Canonicalize.name) as call:
+        with _building(program, last, [node, last]) as call:
             gelu = call(aten.gelu.default, source, approximate=approximate)
         last.replace_all_uses_with(gelu)
         count += 1
@@ -219,7 +248,8 @@ def _region(program: Program, middle: Node, probe: Tensor, expected: Tensor) -> 
                 sources.append(a)
                 if a.target in _ARITHMETIC:
                     frontier.append(a)
-    results, frontier = [], [middle]
+    results: list[Node] = []
+    frontier = [middle]
     while frontier and len(results) < 12:
         for u in frontier.pop(0).users:
             if u not in results and u.target in _ARITHMETIC:
@@ -237,16 +267,16 @@ def _region(program: Program, middle: Node, probe: Tensor, expected: Tensor) -> 
     return None
 
 
+# exp of it is 0 in fp32 whatever the other scores are; hand-written masks use -1e4 at least.
+_NEGLIGIBLE = -9e3
+
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
 
 
 def _rewrite_attention(program: Program, node: Node) -> str:
     """Causal softmax attention around a softmax or SDPA node becomes ``ntc::attention``; returns why not."""
-    if node.target in _SOFTMAX:
-        parts = _hand_written(program, node)
-    else:
-        parts = _sdpa(program, node)
+    parts = _hand_written(program, node) if node.target in _SOFTMAX else _sdpa(program, node)
     if isinstance(parts, str):
         return parts
     query, key, value, scale, result, transposed_key = parts
@@ -264,36 +294,37 @@ def _rewrite_attention(program: Program, node: Node) -> str:
         return f"{'queries' if q is None else 'keys' if k is None else 'values'} are not heads split off a [B, L, C] tensor"
     if v.factor != 1.0:
         return "values are scaled"
-    (k, kv_heads), (v, v_heads) = _ungrouped(k, heads), _ungrouped(v, heads)
+    (k, kv_heads), (v, v_heads) = _ungrouped(k, key.meta["val"].shape[1]), _ungrouped(v, value.meta["val"].shape[1])
     if kv_heads != v_heads:
         return "keys and values have different numbers of heads"
-    with building(program.graph, before=result, stands_for=[node, result], by=Canonicalize.name) as call:
-        three = [_channels(program, g, call) for g in (q, k, v)]
+    with _building(program, result, [node, result]) as call:
+        three = [_channels(program, g, part, call) for g, part in zip((q, k, v), "qkv", strict=True)]
         if any(t is None for t in three):
             return "queries, keys or values are scattered channels of a tensor that is no linear layer's result"
         y = call(torch.ops.ntc.attention.default, *three, heads, kv_heads, scale * q.factor * k.factor, at=node)
         split = call(aten.transpose.int, call(aten.unflatten.int, y, -1, [heads, -1]), 1, 2)
     result.replace_all_uses_with(split)
+    program.graph.erase_node(result)  # torch counts SDPA as random, so dead-code elimination keeps it
     program.graph.eliminate_dead_code()
-    program.propagate()
     return ""
 
 
 def _sdpa(program: Program, node: Node) -> tuple[Node, Node, Node, float, Node, bool] | str:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     query, key, value = given["query"], given["key"], given["value"]
-    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
     mask = given.get("attn_mask")
     if mask is not None:
-        reason = _not_causal(program, mask, {}, None)
-        if reason:
+        reason = _masking(program, mask, None)
+        if isinstance(reason, str):
             return reason
     elif not given.get("is_causal"):
         return "it is not causal"
+    if given.get("dropout_p"):
+        return "it drops probabilities at random"
     scale = given.get("scale")
     width = query.meta["val"].shape[-1]
-    return query, key, value, float(scale) if scale is not None else float(width) ** -0.5, node, False  # type: ignore[arg-type]
+    return query, key, value, float(scale) if scale is not None else float(width) ** -0.5, node, False
 
 
 def _hand_written(program: Program, softmax: Node) -> tuple[Node, Node, Node, float, Node, bool] | str:
@@ -309,51 +340,60 @@ def _hand_written(program: Program, softmax: Node) -> tuple[Node, Node, Node, fl
     products = [u for u in after.users if u.target in _PRODUCTS and u.args[0] is after]
     if len(products) != 1 or len(after.users) != 1:
         return "its probabilities are used by something else than one product with the values"
-    product, found, frontier = products[0], [], [scores_in]
-    while frontier and not found:
-        n = frontier.pop(0)
-        if n.target in _PRODUCTS:
-            found.append(n)
-        elif n.target in _MASKING:
-            frontier.extend(n.all_input_nodes)
-    if not found:
+    product, scores = products[0], _product_behind(scores_in)
+    if scores is None:
         return "its scores are no product of queries and keys"
-    scores = found[0]
-    factor = _not_causal(program, scores_in, {}, scores)
-    if isinstance(factor, str) and factor:
-        return factor
-    scale = _score_scale(program, scores_in, scores)
-    query, key, value = scores.args[0], scores.args[1], product.args[1]
-    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+    scale = _masking(program, scores_in, scores)
+    if isinstance(scale, str):
+        return scale
+    query: Any = scores.args[0]
+    key: Any = scores.args[1]
+    value: Any = product.args[1]
     return query, key, value, scale, product, True
 
 
-def _not_causal(program: Program, masked: Node, given: dict[Node, Tensor], scores: Node | None) -> str:
-    """Run the masking on zero scores: 0 must come out where j <= i and very negative elsewhere. Says what is wrong."""
-    for sizes in ((3, 7), (2, 5)):
-        length = sizes[1]
-        inputs = dict(given)
+def _product_behind(node: Node) -> Node | None:
+    """The nearest product that a node is made of by scaling and masking."""
+    frontier = [node]
+    while frontier:
+        n = frontier.pop(0)
+        if n.target in _PRODUCTS:
+            return n
+        if n.target in _MASKING:
+            frontier.extend(n.all_input_nodes)
+    return None
+
+
+def _masking(program: Program, masked: Node, scores: Node | None) -> float | str:
+    """The factor c if ``masked`` is ``c * scores`` where j <= i and very negative elsewhere, else what is wrong.
+
+    Without scores: 1.0 if ``masked`` alone is a causal mask, boolean or to be added.
+    """
+    factor = 1.0
+    for sizes in probe_sizes(program):
+        length, inputs, values = sizes[1], {}, torch.zeros((), dtype=torch.float64)
         if scores is not None:
-            inputs[scores] = torch.zeros(shape_at(program, scores, sizes))
+            # All scores differ, so that a factor that depends on the place, a bias or a soft cap is seen.
+            count = math.prod(shape := shape_at(program, scores, sizes))
+            inputs[scores] = values = torch.linspace(1, 2, count, dtype=torch.float64).reshape(shape)
         try:
             got = evaluate(program, masked, inputs, sizes)
-        except (LookupError, RuntimeError, TypeError):
+        except LookupError:
             return "its mask depends on the input"
+        except (RuntimeError, TypeError, ValueError):
+            return "its mask could not be evaluated"
         causal = torch.ones(length, length, dtype=torch.bool).tril()
-        if got.dtype == torch.bool:
-            fits = bool((got == causal).all())
-        else:
-            fits = bool((got[..., causal] == 0).all()) and bool((got[..., ~causal] < -1e4).all())
-        if not fits:
+        if got.shape[-2:] != causal.shape:
             return "its mask is not the causal one"
-    return ""
-
-
-def _score_scale(program: Program, masked: Node, scores: Node) -> float:
-    """Factor between the product of queries and keys and the softmax input."""
-    ones = torch.ones(shape_at(program, scores, (3, 7)), dtype=torch.float64)
-    got = evaluate(program, masked, {scores: ones}, (3, 7))
-    return float(got[..., 0, 0].flatten()[0])
+        if got.dtype == torch.bool:
+            got = torch.zeros_like(got, dtype=torch.float64).masked_fill(~got, float("-inf"))
+        if not bool((got[..., ~causal] <= _NEGLIGIBLE).all()):
+            return "its mask is not the causal one: later tokens are seen"
+        if scores is not None:
+            factor = float((got / values)[..., 0, 0].flatten()[0])
+        if not torch.allclose(got[..., causal].double(), (factor * values).expand(got.shape)[..., causal], rtol=1e-6, atol=1e-12):
+            return "its scores are not only scaled and causally masked"
+    return factor
 
 
 def _ungrouped(g: Gathered, heads: int) -> tuple[Gathered, int]:
@@ -365,35 +405,39 @@ def _ungrouped(g: Gathered, heads: int) -> tuple[Gathered, int]:
     return g, heads
 
 
-def _channels(program: Program, g: Gathered, call) -> Node | None:  # type: ignore[no-untyped-def]
-    """A node that holds the chosen channels of a root: itself, rows of its linear layer, or a slice."""
+def _channels(program: Program, g: Gathered, part: str, call: Callable[..., Node]) -> Node | None:
+    """A node that holds the chosen channels of a root: itself, rows of its linear layer, or a slice.
+
+    ``part`` (``q``, ``k`` or ``v``) names the rows.
+    """
     width = g.root.meta["val"].shape[-1]
     if torch.equal(g.channels, torch.arange(width)):
         return g.root
     if g.root.target is aten.linear.default:
-        weight = program.tensor(g.root.args[1])  # type: ignore[arg-type]
-        base = str(g.root.args[1].target).removesuffix("_t")  # type: ignore[union-attr]
-        part = _part_name(g.channels, width)
-        rows = program.add_tensor(f"{base.removesuffix('.weight')}.{part}.weight", weight.detach()[g.channels])
-        arguments = [g.root.args[0], call(rows, at=g.root)]
-        if len(g.root.args) > 2 and isinstance(g.root.args[2], Node):
-            bias = program.tensor(g.root.args[2]).detach()[g.channels]
-            name = program.add_tensor(f"{base.removesuffix('.weight')}.{part}.bias", bias)
-            arguments.append(call(name, at=g.root))
-        return call(aten.linear.default, *arguments, at=g.root)  # type: ignore[no-any-return]
+        arguments: list[Any] = [g.root.args[0]]
+        for tensor in g.root.args[1:]:
+            if isinstance(tensor, Node):
+                rows = program.tensor(tensor).detach()[g.channels]
+                arguments.append(call(_constant(program, _row_name(str(tensor.target), part), rows), at=g.root))
+        return call(aten.linear.default, *arguments, at=g.root)
     first = int(g.channels[0])
     if torch.equal(g.channels, torch.arange(first, first + len(g.channels))):
-        return call(aten.slice.Tensor, g.root, -1, first, first + len(g.channels))  # type: ignore[no-any-return]
+        return call(aten.slice.Tensor, g.root, -1, first, first + len(g.channels))
     return None
 
 
-def _part_name(channels: Tensor, width: int) -> str:
-    """``q``, ``k`` or ``v`` for the thirds of a fused projection by their first channel, else its number."""
-    if width == 3 * len(channels):
-        # Interleaved layouts start at 0, D, 2 D; stacked ones at 0, C, 2 C: the order tells.
-        first = int(channels[0])
-        return "q" if first == 0 else "k" if 2 * first < width and (first * 3 <= width) else "v"
-    return f"from{int(channels[0])}"
+def _row_name(tensor: str, part: str) -> str:
+    """``c_attn.weight`` (``c_attn.weight_t`` if we turned it) becomes ``c_attn.q.weight``, a bare ``w_qkv`` ``w_qkv_q``."""
+    owner, _, leaf = tensor.removesuffix("_t").rpartition(".")
+    return f"{owner}.{part}.{leaf}" if owner and leaf in ("weight", "bias") else f"{tensor.removesuffix('_t')}_{part}"
+
+
+def _constant(program: Program, name: str, value: Tensor) -> str:
+    """Name of a constant of that value: the one that is there if two places share it, else a new one."""
+    known = program.tensor_or_none(name)
+    if known is not None and known.shape == value.shape and torch.equal(known, value):
+        return name
+    return program.add_tensor(name, value)
 
 
 def _split_fused_projections(program: Program) -> int:
@@ -402,58 +446,89 @@ def _split_fused_projections(program: Program) -> int:
     for node in list(program.graph.nodes):
         if node.target is not torch.ops.ntc.attention.default:
             continue
-        with building(program.graph, before=node, stands_for=[node], by=Canonicalize.name) as call:
-            for at, part in enumerate("qkv"):
-                argument = node.args[at]
-                found = gather_of(program, argument, lambda t: t)
-                if found is None or found.factor != 1.0 or found.root is argument:
-                    continue
-                replacement = _channels(program, found, call)
-                if replacement is not None:
-                    replacement.meta |= {k: v for k, v in found.root.meta.items() if k.startswith("ntc.")}
-                    replacement.meta["ntc.part"] = part
-                    node.update_arg(at, replacement)
-                    count += 1
+        for at, part in enumerate("qkv"):
+            argument = node.args[at]
+            found = gather_of(program, argument, lambda t: t)
+            if found is None or found.factor != 1.0 or found.root is argument:
+                continue
+            with _building(program, node, [found.root, argument]) as call:
+                replacement = _channels(program, found, part, call)
+            if replacement is not None:
+                node.update_arg(at, replacement)
+                count += 1
     return count
 
 
 _SPECIAL = re.compile(r"\W+")
+_LAYERS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.embedding.default, aten.gelu.default, aten.relu.default})
+# torch.fx gives these another name whenever it copies a graph.
+_RESERVED = frozenset({*dir(builtins), *keyword.kwlist, "self", "torch", "device", "inf", "nan", "fx_pytree", "pytree", "operator"})
 
 
 def _tidy_names(program: Program) -> int:
     """Names that a person recognizes: nodes after their modules, weights without marks of how they were made."""
-    count, graph = 0, program.graph
-    tensors: dict[str, Tensor] = {}
-    renames: dict[str, str] = {}
+    graph = program.graph
+    tensors, count = _tidy_tensors(program)
+    modules = {m for n in graph.nodes if n.op == "call_function" for m in _parents(module_of(n))}
+    wanted = {n: _wanted_name(n, leaf=module_of(n) not in modules) for n in graph.nodes if n.op == "call_function"}
+    # All names are given anew, in graph order: what a node was called before has no influence.
+    taken = {n.name for n in graph.nodes if n.op not in ("call_function", "get_attr")}
     for node in graph.nodes:
-        if node.op == "get_attr":
-            old = str(node.target)
-            new = renames.setdefault(old, old.removesuffix("_t") if old.removesuffix("_t") not in tensors else old)
-            tensors[new] = program.tensor(old)
-            count += new != old
-            node.target = new
-    taken: set[str] = {n.name for n in graph.nodes}
-    for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op not in ("call_function", "get_attr"):
             continue
-        module = module_of(node).removeprefix("transformer.").removeprefix("model.")
-        kind = str(node.target).split(".")[-2] if "." in str(node.target) else str(node.target)
-        linear = node.target is aten.linear.default
-        if linear:  # where a fused projection was split, the weight says which part; a tied weight says less than the module
-            weight = str(node.args[1].target).removesuffix(".weight").removeprefix("transformer.").removeprefix("model.")
-            module = weight if weight.startswith(module) else module
-        leaf = linear or node.target in (aten.layer_norm.default, aten.embedding.default, aten.gelu.default, aten.relu.default)
-        wanted = _SPECIAL.sub("_", module if leaf and module else f"{module}.{kind}" if module else kind).strip("_").lower()
-        if wanted and wanted[0].isdigit():
-            wanted = f"n_{wanted}"
-        unique, number = wanted, 1
-        while unique in taken and unique != node.name:
-            unique, number = f"{wanted}_{number}", number + 1
-        if unique != node.name:
-            taken.discard(node.name)
-            taken.add(unique)
-            node.name = unique
-            count += 1
-    program.module = program.with_graph(graph, tensors).module
+        base = wanted[node] if node in wanted else _identifier(f"p_{node.target}")
+        unique, number = base, 0
+        while unique in taken or unique in _RESERVED:
+            number += 1
+            unique = f"{base}_{number}"
+        taken.add(unique)
+        count += unique != node.name
+        node.name = unique
+    if count:
+        program.module = program.with_graph(graph, tensors).module
     return count
 
+
+def _tidy_tensors(program: Program) -> tuple[dict[str, Tensor], int]:
+    """Drop the mark ``_t`` of weights that this pass turned, unless the unturned one is still in use."""
+    attributes = [n for n in program.graph.nodes if n.op == "get_attr"]
+    targets, count = {str(n.target) for n in attributes}, 0
+    tensors: dict[str, Tensor] = {}
+    for node in attributes:
+        old = str(node.target)
+        new = old.removesuffix("_t")
+        if new in targets or Canonicalize.name not in node.meta[MADE_BY]:
+            new = old
+        tensors[new] = program.tensor(old)
+        node.target = new
+        count += new != old
+    return tensors, count
+
+
+def _parents(module: str) -> Iterator[str]:
+    """``a.b`` and ``a`` for ``a.b.c``."""
+    while "." in module:
+        module = module.rpartition(".")[0]
+        yield module
+    if module:
+        yield ""
+
+
+def _wanted_name(node: Node, leaf: bool) -> str:
+    """What to call a node: its module if that is nothing but this op, else module and op."""
+    module, kind = _short(module_of(node)), op_name(node.target).rpartition(".")[2]
+    if node.target is aten.linear.default and isinstance(node.args[1], Node):
+        # Where a fused projection was split, the weight says which part; a tied weight says less than the module.
+        weight = _short(str(node.args[1].target).removesuffix(".weight"))
+        return _identifier(weight if not module or weight.startswith(module) else module)
+    named_by_module = leaf and module and node.target in _LAYERS
+    return _identifier(module if named_by_module else f"{module}.{kind}" if module else kind)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("transformer.").removeprefix("model.")
+
+
+def _identifier(text: str) -> str:
+    name = _SPECIAL.sub("_", text).strip("_").lower()
+    return name if name and not name[0].isdigit() else f"n_{name}"
