@@ -60,7 +60,7 @@ def _scale_type(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     constants = [a for a in inputs if a is not train]
     if len(moving) > 1 or any(a.op != "get_attr" for a in constants):
         other = constants[0] if constants else train
-        raise TypeMismatch(f"%{train.name} is {value}: scaled by a constant only, not by %{other.name}, which is {type_of(other)}", other)
+        raise TypeMismatch(f"%{train.name} is {value}: scaled by a constant only, not by %{other.name}: {type_of(other)}", other)
     if isinstance(value, RateType):
         return ANALOG
     shape = tuple(constants[0].meta["val"].shape) if constants else ()
