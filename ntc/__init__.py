@@ -3,7 +3,14 @@
 >>> import ntc
 >>> program = ntc.capture("path/to/gpt2")                      # doctest: +SKIP
 >>> spiking = ntc.compile("path/to/gpt2", steps=4).program     # doctest: +SKIP
+>>> logits = spiking(input_ids)                                # doctest: +SKIP
 """
+
+from ntc.artifact import load as load
+from ntc.compiler import Compilation as Compilation
+from ntc.compiler import compile_model as compile
+from ntc.compiler import write as write
+from ntc.energy import measure_energy as measure_energy
 
 from ntc.errors import ArtifactError as ArtifactError
 from ntc.errors import BackendError as BackendError
@@ -13,6 +20,7 @@ from ntc.errors import DataError as DataError
 from ntc.errors import NtcError as NtcError
 from ntc.errors import PassError as PassError
 from ntc.errors import VerifyError as VerifyError
+from ntc.evaluate import evaluate as evaluate
 from ntc.frontend import capture as capture
 from ntc.pipeline import Calibration as Calibration
 from ntc.pipeline import Context as Context
@@ -22,11 +30,12 @@ from ntc.pipeline import PassResult as PassResult
 from ntc.pipeline import run_pipeline as run_pipeline
 from ntc.program import Program as Program
 from ntc.recipe import Recipe as Recipe
+from ntc.recipe import Settings as Settings
 from ntc.recipe import Step as Step
 from ntc.spike_type import SpikeType as SpikeType
 
 __all__ = [
-    "ArtifactError", "BackendError", "Calibration", "CaptureError", "ConfigError", "Context", "DataError", "NtcError",
-    "Override", "Pass", "PassError", "PassResult", "Program", "Recipe", "SpikeType", "Step", "VerifyError", "capture",
-    "run_pipeline",
+    "ArtifactError", "BackendError", "Calibration", "CaptureError", "Compilation", "ConfigError", "Context", "DataError",
+    "NtcError", "Override", "Pass", "PassError", "PassResult", "Program", "Recipe", "Settings", "SpikeType", "Step", "VerifyError",
+    "capture", "compile", "evaluate", "load", "measure_energy", "run_pipeline", "write",
 ]  # fmt: skip

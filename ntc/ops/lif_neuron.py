@@ -135,7 +135,7 @@ def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
 
 def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
     # The leak is one more multiplication per update than an IF neuron has.
-    return Counts(neuron_updates=result.numel, macs=result.numel, spikes=result.nonzero, neurons=result.shape[-1])
+    return Counts(neuron_updates=result.numel, macs=result.numel, spikes=result.nonzero, neurons=result.numel / result.shape[0])
 
 
 def _onnx(hard: bool, is_timed: bool) -> str:

@@ -40,7 +40,7 @@ class Counts:
         neuron_updates: Membrane updates: neurons x time steps; each is one accumulate.
         elementwise: Other arithmetic (norms, activations, softmax, residual adds), counted but not costed.
         spikes: Spikes emitted by this node.
-        neurons: Neurons that this node holds per token (0 if it is no population).
+        neurons: Neurons that this node holds, times tokens (0 if it is no population).
     """
 
     dense_macs: float = 0.0

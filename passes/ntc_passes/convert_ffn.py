@@ -56,7 +56,7 @@ class Options:
     """
 
     steps: int = 4
-    percentile: float = 99.0
+    percentile: float = 99.9
     activation: Literal["fit", "relu"] = "fit"
 
     def __post_init__(self) -> None:

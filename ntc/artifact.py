@@ -1,0 +1,359 @@
+"""Compiled folders: write a program to a directory and read it back without the original model.
+
+=======================  ==========================================================================================
+file                     what
+=======================  ==========================================================================================
+``manifest.json``        format, versions, source, recipe, history of passes with drift, sha256 of every other file
+``program.json``         the graph: nodes, arguments, metadata; plain data, no code
+``program.safetensors``  weights, thresholds, gains
+``analog.json``          graph and tensor shapes of the network before conversion, for counting its operations
+``tokenizer/``           the tokenizer, if the model has one
+=======================  ==========================================================================================
+
+Nothing here is a pickle. The same program gives the same bytes. A folder is written beside its place and renamed, so
+that a failure leaves nothing half-written and nothing existing lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from ntc.errors import ArtifactError
+from ntc.meta import MADE_BY, MODULE, NEURON, ORIGIN, SOURCE, NeuronSpec
+from ntc.program import ModelInfo, PassRecord, Program
+from ntc.verify import verify
+
+__all__ = ["FORMAT", "check_output", "is_artifact", "load", "load_analog", "replacing_folder", "save", "seal", "sha256_of"]
+
+FORMAT = 1
+
+_OPERATORS = {f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)}
+_MANIFEST = "manifest.json"
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder holds a program of ours."""
+    try:
+        return "ntc_format" in json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder before any work is done.
+
+    Raises:
+        ArtifactError: If it is a file, is not empty and may not be overwritten, or holds something else than a program.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; give a folder")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ArtifactError(f"the folder {folder} is not empty; choose another one, or give --overwrite")
+    if not is_artifact(folder):
+        raise ArtifactError(f"the folder {folder} holds something else than a compiled program: it is left as it is")
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        ArtifactError: If the disk is full or the place cannot be written.
+    """
+    folder = folder.absolute()
+    beside: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        os.chmod(beside, 0o755)
+        yield beside
+        old = beside.with_name(beside.name + ".old")
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(beside, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
+    except SafetensorError as error:  # its way of saying that the disk is full
+        raise ArtifactError(f"cannot write {folder}: {error}") from error
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while lump := file.read(1 << 20):
+            digest.update(lump)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ saving
+
+
+def save(program: Program, folder: Path, *, analog: Program | None = None, tokenizer: Any | None = None, about: Mapping[str, Any] | None = None) -> None:
+    """Write a program into an existing folder; ``seal`` completes it.
+
+    Args:
+        program: The program.
+        folder: An existing, empty folder (see ``replacing_folder``).
+        analog: The canonical network before conversion; only its graph and shapes are written.
+        tokenizer: A Hugging Face tokenizer.
+        about: More for the manifest: recipe, settings, calibration.
+    """
+    _write_json(folder / "program.json", _graph_to_json(program))
+    tensors = {name: t.detach().contiguous() for name, t in program.tensors.items()}
+    save_file(tensors, folder / "program.safetensors", metadata={"format": "pt"})
+    if analog is not None:
+        _write_json(folder / "analog.json", _graph_to_json(analog))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "tokenizer")
+    _write_json(folder / _MANIFEST, _manifest(program, about or {}))
+
+
+def seal(folder: Path, **more: Any) -> dict[str, Any]:
+    """Complete the manifest with more entries and the sha256 of every file; returns it."""
+    manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    manifest |= more
+    manifest["files"] = {
+        str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != _MANIFEST
+    }
+    _write_json(folder / _MANIFEST, manifest)
+    return manifest
+
+
+def _manifest(program: Program, about: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "ntc_format": FORMAT,
+        "versions": {name: _version(name) for name in ("ntc-compiler", "torch", "transformers")},
+        "info": {**asdict(program.info), "config": dict(program.info.config)},
+        "steps": program.steps,
+        "facts": sorted(program.facts),
+        "conventions": {"comparison": ">=", "reset": "soft", "dt": 1, "time_axis": 0, "decode": "mean over steps"},
+        "history": [record.to_json() for record in program.history],
+        **about,
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _graph_to_json(program: Program) -> dict[str, Any]:
+    tensors = {n: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in program.tensors.items()}
+    trainable = {n for n, t in program.tensors.items() if isinstance(t, torch.nn.Parameter)}
+    return {
+        "nodes": [_node_to_json(n) for n in program.graph.nodes],
+        "tensors": {n: {**v, "trainable": n in trainable} for n, v in tensors.items()},
+        "example": program.example.tolist(),
+    }
+
+
+def _node_to_json(node: Node) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": node.name, "op": node.op, "target": _target_to_text(node)}
+    if node.args:
+        data["args"] = [_encode(a) for a in node.args]
+    if node.kwargs:
+        data["kwargs"] = {k: _encode(v) for k, v in node.kwargs.items()}
+    meta = {key.removeprefix("ntc."): node.meta[key] for key in (MODULE, SOURCE) if node.meta.get(key)}
+    meta |= {key.removeprefix("ntc."): list(node.meta[key]) for key in (ORIGIN, MADE_BY) if key in node.meta}
+    if NEURON in node.meta:
+        meta["neuron"] = asdict(node.meta[NEURON])
+    return {**data, "meta": meta}
+
+
+def _target_to_text(node: Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    name = f"operator.{getattr(node.target, '__name__', '')}"
+    if name not in _OPERATORS:
+        raise ArtifactError(f"node %{node.name} calls {node.target}, which cannot be saved")
+    return name
+
+
+_NAMED: dict[str, dict[str, Any]] = {
+    "dtype": {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)},
+    "layout": {"strided": torch.strided},
+    "memory_format": {"contiguous_format": torch.contiguous_format, "preserve_format": torch.preserve_format},
+}
+
+
+def _encode(value: Any) -> Any:
+    """An argument as JSON: plain values as they are, everything else as an object with one telling key."""
+    if isinstance(value, Node):
+        return {"node": value.name}
+    if isinstance(value, list | tuple):
+        return [_encode(v) for v in value]
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    for kind, table in _NAMED.items():
+        for name, known in table.items():
+            if value is known:
+                return {kind: name}
+    raise ArtifactError(f"an argument of type {type(value).__name__} cannot be saved")
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def load(folder: Path | str) -> Program:
+    """Read a compiled folder back.
+
+    Raises:
+        ArtifactError: If it is no such folder, is damaged, or was written by a newer version.
+    """
+    folder = Path(folder)
+    manifest = _read_json(folder, _MANIFEST)
+    if "ntc_format" not in manifest:
+        raise ArtifactError(f"{folder} holds no compiled program")
+    if manifest["ntc_format"] > FORMAT:
+        raise ArtifactError(f"{folder} was written by a newer ntc (format {manifest['ntc_format']}, this one reads {FORMAT})")
+    for name in ("program.json", "program.safetensors"):
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{folder} lacks {name}")
+        if (wanted := manifest.get("files", {}).get(name)) and sha256_of(path) != wanted:
+            raise ArtifactError(f"{path} is damaged: its sha256 is not the one in the manifest")
+    try:
+        tensors = load_file(folder / "program.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"cannot read {folder / 'program.safetensors'}: {error}") from error
+    return _rebuild(folder, manifest, _read_json(folder, "program.json"), tensors)
+
+
+def load_analog(folder: Path | str) -> Program | None:
+    """Graph of the network before conversion, with tensors on the ``meta`` device; None if the folder has none."""
+    folder = Path(folder)
+    if not (folder / "analog.json").is_file():
+        return None
+    data = _read_json(folder, "analog.json")
+    tensors = {
+        name: torch.empty(spec["shape"], dtype=getattr(torch, spec["dtype"]), device="meta") for name, spec in data["tensors"].items()
+    }
+    manifest = _read_json(folder, _MANIFEST)
+    manifest = {**manifest, "facts": ["captured", "canonical"], "history": []}
+    return _rebuild(folder, manifest, data, tensors)
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        if not folder.exists():
+            raise ArtifactError(f"there is no folder {folder}") from error
+        raise ArtifactError(f"{folder} holds no compiled program: cannot read {name}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{folder / name} is damaged: {error}") from error
+    return data
+
+
+def _rebuild(folder: Path, manifest: Mapping[str, Any], data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Program:
+    try:
+        graph, nodes = Graph(), {}
+        for row in data["nodes"]:
+            args = tuple(_decode(a, nodes) for a in row.get("args", ()))
+            kwargs = {k: _decode(v, nodes) for k, v in row.get("kwargs", {}).items()}
+            if row["op"] == "output":
+                node = graph.output(args[0])
+            else:
+                target: Any = _target_from_text(row["target"]) if row["op"] == "call_function" else row["target"]
+                node = graph.create_node(row["op"], target, args, kwargs, name=row["name"])
+            nodes[row["name"]] = node
+            _read_meta(node, row.get("meta", {}))
+        module = GraphModule(_as_parameters(data["tensors"], tensors), graph, "Program")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ArtifactError(f"{folder} is damaged: {error}") from error
+    module.eval()
+    info = ModelInfo(**manifest["info"])
+    history = tuple(
+        PassRecord(r["name"], r["options"], r["sites"], tuple((a, b) for a, b in r["missed"]), drift=r["drift"], notes=r["notes"])
+        for r in manifest["history"]
+    )
+    program = Program(module, info, torch.tensor(data["example"]), frozenset(manifest["facts"]), history)
+    program.propagate()
+    verify(program)
+    return program
+
+
+def _as_parameters(specs: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: torch.nn.Parameter(tensors[n]) if specs[n]["trainable"] else tensors[n] for n in specs}
+
+
+def _target_from_text(text: str) -> Callable[..., Any]:
+    """Only operators of the table and registered torch ops can be named: loading runs no code of the file's choice."""
+    if text in _OPERATORS:
+        return _OPERATORS[text]
+    parts = text.split(".")
+    if len(parts) != 3 or parts[0] not in ("aten", "ntc"):
+        raise ValueError(f"unknown op {text}")
+    overload: Callable[..., Any] = getattr(getattr(getattr(torch.ops, parts[0]), parts[1]), parts[2])
+    return overload
+
+
+def _decode(value: Any, nodes: Mapping[str, Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, nodes) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, text),) = value.items()
+    if kind == "node":
+        return nodes[text]
+    if kind == "device":
+        return torch.device(text)
+    if kind == "float":
+        return float(text)
+    return _NAMED[kind][text]
+
+
+def _read_meta(node: Node, meta: Mapping[str, Any]) -> None:
+    for key in (MODULE, SOURCE):
+        node.meta[key] = meta.get(key.removeprefix("ntc."), "")
+    for key in (ORIGIN, MADE_BY):
+        if key.removeprefix("ntc.") in meta:
+            node.meta[key] = tuple(meta[key.removeprefix("ntc.")])
+    if "neuron" in meta:
+        node.meta[NEURON] = NeuronSpec(**meta["neuron"])

@@ -1,0 +1,210 @@
+"""The only orchestrator: capture, passes, artefacts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ntc import artifact
+from ntc.errors import ConfigError
+from ntc.frontend import capture, load_tokenizer
+from ntc.pipeline import Calibration, Context, run_pipeline
+from ntc.program import Program
+from ntc.recipe import Recipe, Settings
+from ntc.registry import backend, find_pass
+from ntc.registry import recipe as find_recipe
+from ntc.text import Tokens, calibration_from, random_tokens, tokens_from
+
+__all__ = ["DEFAULT_RECIPE", "Compilation", "compile_model", "default_calibration", "export", "write"]
+
+DEFAULT_RECIPE = "neurtransformer"
+
+# Enough for percentiles per channel; more changes thresholds in the third digit.
+_CALIBRATION_TOKENS = 4096
+_WINDOW = 256
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(label: str, done: int, total: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """Result of ``compile_model``.
+
+    Attributes:
+        program: The compiled program.
+        analog: The canonical network before conversion.
+        recipe: The recipe that was run.
+        settings: What the user set.
+        calibration: The tokens that thresholds came from.
+        tokenizer: The model's tokenizer, or None.
+        seconds: Time of each stage.
+        warnings: What the user should know, one sentence each.
+    """
+
+    program: Program
+    analog: Program
+    recipe: Recipe
+    settings: Settings
+    calibration: Calibration
+    tokenizer: Any | None
+    seconds: Mapping[str, float]
+    warnings: tuple[str, ...] = field(default=())
+
+    def about(self) -> dict[str, Any]:
+        """What the manifest says of how the program was made."""
+        return {
+            "recipe": {"name": self.recipe.name, "source": self.recipe.source, "passes": [s.name for s in self.recipe.steps]},
+            "settings": {"options": dict(self.settings.options), "overrides": [asdict(o) for o in self.settings.overrides]},
+            "calibration": {
+                "data": self.calibration.description, "tokens": self.calibration.tokens, "sha256": self.calibration.sha256,
+            },
+        }  # fmt: skip
+
+
+def default_calibration(source: str | Path) -> Path | None:
+    """The text that calibrates a model when none is given: ``calibration.txt`` in its folder, else none."""
+    path = Path(source) / "calibration.txt"
+    return path if path.is_file() else None
+
+
+def compile_model(
+    model: nn.Module | str | Path,
+    *,
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    settings: Settings | None = None,
+    steps: int | None = None,
+    percentile: float | None = None,
+    calibration: Path | str | Calibration | Tokens | None = None,
+    tokenizer: Any | None = None,
+    example: Tensor | None = None,
+    progress: Progress = _silent,
+) -> Compilation:
+    """Compile a model to a spiking program.
+
+    Args:
+        model: A folder, a hub id, or a module (see ``ntc.capture``).
+        recipe: Name of a recipe, or one of your own.
+        settings: Options and overrides (see ``ntc.recipe.load_settings``).
+        steps: T, number of time steps, for all passes that have such an option.
+        percentile: Percentile of activations that becomes a threshold, likewise.
+        calibration: A text file, or tokens. By default ``calibration.txt`` in the model's folder; without it, random
+            tokens, with a warning: then thresholds mean little.
+        tokenizer: If the model is a module.
+        example: Example token ids, if the model is no Hugging Face model.
+        progress: Called with (label, done, total).
+
+    Raises:
+        NtcError: With one sentence that says what was wrong.
+    """
+    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    settings = (settings or Settings()).with_options(steps=steps, percentile=percentile)
+    passes = chosen.build(settings, find_pass)  # before any work: a wrong option costs no minute
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def lap(label: str) -> None:
+        nonlocal started
+        now = time.perf_counter()
+        seconds[label] = now - started
+        started = now
+
+    progress("capture", 0, 1)
+    program = capture(model, example)
+    if tokenizer is None and isinstance(model, str | Path):
+        tokenizer = load_tokenizer(model)
+    lap("capture")
+    warnings: list[str] = []
+    data = _calibration(model, program, calibration, tokenizer, warnings)
+    context = Context(data, settings.overrides, progress)
+    split = next((i + 1 for i, p in enumerate(passes) if p.name == "canonicalize"), 0)
+    analog = run_pipeline(program, passes[:split], context)
+    del program  # its weights in the model's own layout are not needed any more
+    lap("canonicalize")
+    compiled = run_pipeline(analog, passes[split:], context)
+    lap("passes")
+    return Compilation(compiled, analog, chosen, settings, data, tokenizer, seconds, tuple(warnings))
+
+
+def _calibration(
+    model: nn.Module | str | Path, program: Program, given: Path | str | Calibration | Tokens | None, tokenizer: Any, warnings: list[str]
+) -> Calibration:
+    if isinstance(given, Calibration):
+        return given
+    if isinstance(given, Tokens):
+        return calibration_from(given)
+    window = min(_WINDOW, program.info.context or _WINDOW)
+    path = Path(given) if given is not None else default_calibration(model) if isinstance(model, str | Path) else None
+    if path is not None:
+        return calibration_from(tokens_from(path, tokenizer, window, _CALIBRATION_TOKENS, program.info.vocab_size))
+    warnings.append("no calibration text was given, so thresholds come from random tokens and mean little: give --calibration FILE")
+    return calibration_from(random_tokens(program.info.vocab_size, window, min(_CALIBRATION_TOKENS, 8 * window)))
+
+
+def write(
+    compilation: Compilation, folder: Path | str, *, emit: Sequence[str] = (), overwrite: bool = False, progress: Progress = _silent
+) -> dict[str, Any]:
+    """Write a compilation to a folder, with the artefacts asked for; returns what each back end measured.
+
+    Raises:
+        ArtifactError: If the folder may not be written.
+        BackendError: If an artefact disagrees with its program.
+    """
+    folder = Path(folder)
+    artifact.check_output(folder, overwrite)
+    emitters = [backend(name) for name in emit]
+    tokens = _check_tokens(compilation.calibration)
+    with artifact.replacing_folder(folder) as beside:
+        artifact.save(
+            compilation.program, beside, analog=compilation.analog, tokenizer=compilation.tokenizer, about=compilation.about()
+        )
+        results: dict[str, Any] = {}
+        for number, emitter in enumerate(emitters):
+            progress(f"export {emitter.name}", number, len(emitters))
+            results[emitter.name] = emitter.emit(compilation.program, beside, analog=compilation.analog, tokens=tokens)
+        progress("done", len(emitters), len(emitters))
+        artifact.seal(beside, targets=results)
+    return results
+
+
+def export(
+    source: Path | str, emit: Sequence[str], *, tokens: Tensor | None = None, progress: Progress = _silent
+) -> dict[str, Any]:
+    """Add artefacts to a compiled folder; the folder is replaced as a whole when all have succeeded.
+
+    Raises:
+        ConfigError: If nothing is asked for.
+        ArtifactError: If the folder holds no program.
+    """
+    import shutil
+
+    if not emit:
+        raise ConfigError("nothing to export: name a target, such as onnx or netlist")
+    folder = Path(source)
+    program, analog = artifact.load(folder), artifact.load_analog(folder)
+    emitters = [backend(name) for name in emit]
+    with artifact.replacing_folder(folder) as beside:
+        shutil.copytree(folder, beside, dirs_exist_ok=True)
+        manifest = json.loads((beside / "manifest.json").read_text(encoding="utf-8"))
+        results = dict(manifest.get("targets", {}))
+        for number, emitter in enumerate(emitters):
+            progress(f"export {emitter.name}", number, len(emitters))
+            results[emitter.name] = emitter.emit(program, beside, analog=analog, tokens=tokens)
+        progress("done", len(emitters), len(emitters))
+        artifact.seal(beside, targets=results)
+    return {name: results[name] for name in emit}
+
+
+def _check_tokens(calibration: Calibration) -> Tensor:
+    """The tokens on which back ends compare their artefact with the program: the first windows of the calibration text."""
+    first = calibration.batches[0]
+    return first[:2]

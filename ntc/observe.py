@@ -1,0 +1,196 @@
+"""Run a program and watch it: spikes per population, operations per node.
+
+One walk serves evaluation and energy. Spikes are counted on the very values that flow; nothing is assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.utils.flop_counter import flop_registry
+
+from ntc.meta import NEURON, TYPE, block_of, module_of
+from ntc.ops import Counts, Operand, spec_of
+from ntc.program import Program, op_name
+from ntc.spike_type import ANALOG, SpikeType
+
+__all__ = ["Activity", "NodeCounts", "PopulationActivity", "count_by_shape", "observe"]
+
+
+@dataclass
+class PopulationActivity:
+    """What one population of neurons did.
+
+    Attributes:
+        name: Node name.
+        module: Module of the model.
+        block: Transformer block.
+        role: ``q``, ``k``, ``v``, ``ssa``, ``ffn``.
+        steps: T.
+        spikes: Spikes of each neuron over all tokens and steps, ``[C]``.
+        tokens: Tokens that it saw.
+    """
+
+    name: str
+    module: str
+    block: str
+    role: str
+    steps: int
+    spikes: Tensor
+    tokens: int = 0
+
+    @property
+    def neurons(self) -> int:
+        """Neurons per token."""
+        return self.spikes.numel()
+
+    @property
+    def events_per_value(self) -> float:
+        """Mean number of spikes that stand for one value."""
+        return float(self.spikes.sum()) / max(1, self.neurons * self.tokens)
+
+    @property
+    def firing_rate(self) -> float:
+        """Spikes per neuron and step."""
+        return self.events_per_value / self.steps
+
+    @property
+    def dead(self) -> int:
+        """Neurons that never fired."""
+        return int((self.spikes == 0).sum())
+
+    @property
+    def saturated(self) -> int:
+        """Neurons that fired at every step of every token."""
+        return int((self.spikes >= self.steps * self.tokens).sum())
+
+
+@dataclass
+class NodeCounts:
+    """Operations of one node, summed over the tokens that it saw."""
+
+    name: str
+    op: str
+    module: str
+    block: str
+    kind: str
+    counts: Counts
+    measured: dict[str, float]
+    countable: bool = True
+
+
+class Activity:
+    """Accumulates what happens while a program runs; pass ``visit`` to ``ntc.program.interpret``."""
+
+    def __init__(self, *, operations: bool = True) -> None:
+        self.operations = operations
+        self.populations: dict[str, PopulationActivity] = {}
+        self.nodes: dict[str, NodeCounts] = {}
+        self.tokens = 0
+        self._events: dict[Node, float] = {}
+
+    def start(self, input_ids: Tensor) -> None:
+        """Begin a batch."""
+        self.tokens += input_ids.numel()
+        self._events.clear()
+
+    def visit(self, node: Node, args: tuple[Any, ...], value: Any) -> None:
+        """Watch one node."""
+        kind = node.meta.get(TYPE, ANALOG)
+        if isinstance(kind, SpikeType) and isinstance(value, Tensor):
+            self._spikes(node, kind, value)
+        if self.operations:
+            self._count(node, args, value)
+
+    def _spikes(self, node: Node, kind: SpikeType, value: Tensor) -> None:
+        magnitude = value.abs() if kind.levels != "graded" else (value != 0).to(value.dtype)
+        per_neuron = magnitude.flatten(0, -2).sum(0, dtype=torch.float64)
+        self._events[node] = float(per_neuron.sum())
+        spec = spec_of(node)
+        if spec is None or spec.element != "population":
+            return
+        neuron = node.meta.get(NEURON)
+        found = self.populations.setdefault(
+            node.name,
+            PopulationActivity(
+                node.name, module_of(node), block_of(node), neuron.role if neuron else "", kind.steps, torch.zeros_like(per_neuron)
+            ),
+        )
+        found.spikes = found.spikes + per_neuron
+        found.tokens += value[0].numel() // value.shape[-1]
+
+    def _count(self, node: Node, args: tuple[Any, ...], value: Any) -> None:
+        spec = spec_of(node)
+        row = self.nodes.get(node.name)
+        if row is None:
+            countable = spec is not None and spec.count is not None
+            kind = spec.kind if spec else "unknown"
+            row = NodeCounts(node.name, op_name(node.target), module_of(node), block_of(node), kind, Counts(), {}, countable)
+            self.nodes[node.name] = row
+        if not row.countable:
+            row.measured["flop_counter_macs"] = row.measured.get("flop_counter_macs", 0.0) + _torch_macs(node, args, value)
+        if spec is None or spec.count is None or not isinstance(value, Tensor):
+            return
+        nodes = [a for a in node.args if isinstance(a, Node)]
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if len(nodes) != len(tensors):  # sizes among the arguments: a layout operation, which costs nothing
+            return
+        operands = [self._operand(n, t) for n, t in zip(nodes, tensors, strict=True)]
+        spiking = any(isinstance(o.type, SpikeType) for o in operands)
+        measured = spec.measure(tensors, value, node) if spec.measure and spiking else {}
+        row.counts = row.counts + spec.count(node, operands, self._operand(node, value), measured)
+        for key, number in measured.items():
+            row.measured[key] = row.measured.get(key, 0.0) + number
+
+    def _operand(self, node: Node, value: Tensor) -> Operand:
+        return Operand(tuple(int(s) for s in value.shape), node.meta.get(TYPE, ANALOG), self._events.get(node, 0.0))
+
+
+def _torch_macs(node: Node, args: tuple[Any, ...], value: Any) -> float:
+    """Multiply-accumulates of an op that ntc does not know, by torch's table of formulas; 0 for what is in neither."""
+    packet = getattr(node.target, "_overloadpacket", None)
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return 0.0
+    return float(formula(*args, **node.kwargs, out_val=value)) / 2
+
+
+def observe(program: Program, batches: Sequence[Tensor], activity: Activity) -> None:
+    """Run every batch and watch it."""
+    from ntc.program import interpret
+
+    with torch.no_grad():
+        for batch in batches:
+            activity.start(batch)
+            interpret(program, batch, activity.visit)
+
+
+def count_by_shape(program: Program, shapes: Sequence[tuple[int, int]]) -> Activity:
+    """Operations of a program in which nothing spikes, from shapes alone: no weight is read, nothing is computed.
+
+    Args:
+        program: A program whose tensors may be on the ``meta`` device.
+        shapes: (B, L) of each batch.
+    """
+    activity = Activity()
+    for batch, length in shapes:
+        with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
+            values: dict[Node, Any] = {}
+            for node in program.graph.nodes:
+                if node.op == "placeholder":
+                    values[node] = torch.zeros(batch, length, dtype=torch.long)
+                    activity.start(values[node])
+                elif node.op == "get_attr":
+                    tensor = program.tensor(node)
+                    values[node] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                elif node.op == "call_function":
+                    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                    values[node] = node.target(*args, **kwargs)
+                    activity.visit(node, args, values[node])
+    return activity

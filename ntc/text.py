@@ -1,0 +1,116 @@
+"""Text to token windows: for calibration, evaluation and energy measurement."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntc.errors import DataError
+from ntc.pipeline import Calibration
+
+__all__ = ["Tokens", "calibration_from", "random_tokens", "read_text", "tokens_from"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids in non-overlapping windows.
+
+    Attributes:
+        windows: ``[N, W]``.
+        description: Where they come from.
+        sha256: Hash of the ids, so that a figure can be tied to its data.
+    """
+
+    windows: Tensor
+    description: str
+    sha256: str
+
+    @property
+    def count(self) -> int:
+        """Number of tokens."""
+        return self.windows.numel()
+
+    def batches(self, rows: int) -> tuple[Tensor, ...]:
+        """The windows in batches of at most ``rows``."""
+        return tuple(self.windows.split(rows))
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text, plain or ``.xz``.
+
+    Raises:
+        DataError: If the file is missing, empty, or no UTF-8 text.
+    """
+    try:
+        if path.suffix == ".xz":
+            with lzma.open(path, "rt", encoding="utf-8") as file:
+                text = file.read()
+        else:
+            text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read the text {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, lzma.LZMAError) as error:
+        raise DataError(f"{path} is no UTF-8 text: {error}") from error
+    if not text.strip():
+        raise DataError(f"the text {path} is empty")
+    return text
+
+
+def tokens_from(path: Path, tokenizer: Any, window: int, max_tokens: int | None = None, vocab_size: int | None = None) -> Tokens:
+    """Tokenize a file and cut it into non-overlapping windows; what does not fill a window is left out.
+
+    A text shorter than one window gives one shorter window.
+
+    Args:
+        path: UTF-8 text, plain or ``.xz``.
+        tokenizer: A Hugging Face tokenizer.
+        window: Tokens per window, at least 2.
+        max_tokens: Use only so many tokens from the start.
+        vocab_size: Refuse ids beyond it: the tokenizer then belongs to another model.
+
+    Raises:
+        DataError: If the text cannot be read or holds fewer than two tokens.
+    """
+    if window < 2:
+        raise DataError(f"a window has at least 2 tokens, got {window}")
+    if max_tokens is not None and max_tokens < 2:
+        raise DataError(f"at least 2 tokens are needed, got {max_tokens}")
+    if tokenizer is None:
+        raise DataError(f"the model has no tokenizer, so the text {path} cannot be read as tokens")
+    text = read_text(path)
+    # A token is rarely longer than 16 characters: a short prefix is enough for a few tokens, and long files stay quick.
+    lump = text if max_tokens is None else text[: 16 * max_tokens + 4096]
+    ids = tokenizer(lump, verbose=False)["input_ids"]
+    if max_tokens is not None and len(ids) < max_tokens and len(lump) < len(text):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = ids[:max_tokens] if max_tokens is not None else ids
+    if len(ids) < 2:
+        raise DataError(f"the text {path} gives {len(ids)} token(s); at least 2 are needed")
+    if vocab_size is not None and max(ids) >= vocab_size:
+        raise DataError(f"the tokenizer gives the id {max(ids)}, beyond the model's vocabulary of {vocab_size}: it belongs to another model")
+    width = min(window, len(ids))
+    flat = torch.tensor(ids[: len(ids) // width * width], dtype=torch.long)
+    return _tokens(flat.view(-1, width), path.name)
+
+
+def random_tokens(vocab_size: int, window: int, count: int, seed: int = 0) -> Tokens:
+    """Uniform random ids, for a model without a tokenizer: shapes are real, statistics are not."""
+    rows = max(1, count // window)
+    ids = torch.randint(0, vocab_size, (rows, window), generator=torch.Generator().manual_seed(seed))
+    return _tokens(ids, "random tokens")
+
+
+def _tokens(windows: Tensor, name: str) -> Tokens:
+    digest = hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
+    return Tokens(windows, f"{name}, {windows.numel():,} tokens in windows of {windows.shape[1]}", digest)
+
+
+def calibration_from(tokens: Tokens, rows: int = 4) -> Calibration:
+    """Tokens as calibration batches of ``rows`` windows."""
+    return Calibration(tokens.batches(rows), tokens.description, tokens.sha256)
