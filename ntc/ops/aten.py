@@ -66,7 +66,8 @@ def _scale_type(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     shape = tuple(constants[0].meta["val"].shape) if constants else ()
     rank = train.meta["val"].dim()
     if len(shape) > rank or (len(shape) == rank and shape[0] != 1):
-        raise TypeMismatch(f"%{constants[0].name} has a factor per time step, which changes the code of %{train.name}: {value}", constants[0])
+        factor_per_step = constants[0]
+        raise TypeMismatch(f"%{factor_per_step.name}, a factor per step, changes the code of %{train.name}: {value}", factor_per_step)
     if isinstance(value, CurrentType):
         return value
     factor: Scale = "token" if any(n != 1 for n in shape[:-1]) else "channel" if shape and shape[-1] != 1 else "tensor"

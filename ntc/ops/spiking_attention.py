@@ -159,7 +159,7 @@ def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str,
     channels of V_j. Streaming: each coincidence of K_j and V_j changes one entry of M; each spike of Q_i adds one row of M.
     """
     query, key, value = (t.detach() for t in tensors[:3])
-    heads, kv_heads = node.args[-2:]  # of either form
+    heads, kv_heads = node.args[3], node.args[4]
     assert isinstance(heads, int) and isinstance(kv_heads, int)
     q, k, v = split_heads(query, heads), _grouped(key, heads, kv_heads), _grouped(value, heads, kv_heads)
     # Spikes of either sign per token, in float64: sums over a corpus exceed 2**24.
@@ -218,21 +218,8 @@ def _infer_stream(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     return result
 
 
-def _count_stream(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
-    """Per token, each head reads and each key head writes ``D x Dv`` entries of M, whatever the length."""
-    heads, kv_heads = node.args[-2:]
-    assert isinstance(heads, int) and isinstance(kv_heads, int)
-    query, value = operands[0], operands[2]
-    steps = query.type.steps if isinstance(query.type, SpikeType) else 1
-    dense = query.numel // steps * value.shape[-1] * (heads + kv_heads) / (heads * kv_heads)
-    if not isinstance(query.type, SpikeType):
-        return Counts(dense_macs=dense, macs=dense)
-    return Counts(dense_macs=dense, acs=measured["write"] + measured["read"])
-
-
 SPIKING_ATTENTION_STREAM = register(
     OpSpec(
-        target=torch.ops.ntc.spiking_attention_stream.default, infer=_infer_stream, count=_count_stream, measure=_measure,
-        element="dynamic_product", kind="attention",
+        target=torch.ops.ntc.spiking_attention_stream.default, infer=_infer_stream, element="dynamic_product", kind="attention",
     )
 )  # fmt: skip

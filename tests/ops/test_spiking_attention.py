@@ -248,8 +248,6 @@ def test_measured_work_is_the_work_of_the_loops(case, chunk):
     with patch.object(MODULE, "CHUNK", chunk):
         measured = MODULE.SPIKING_ATTENTION.measure((query, key, value), expected, node)
     assert measured == work
-    node, _ = node_of(STREAM, SPIKES, SPIKES, SPIKES, ANALOG, heads, kv_heads)
-    assert MODULE.SPIKING_ATTENTION_STREAM.measure((query, key, value, torch.zeros(1)), expected, node) == work
 
 
 def test_coincidences_that_cancel_add_nothing():
@@ -266,8 +264,6 @@ def test_counting():
     operands = [operand(x, SPIKES) for x in (q, k, v)]
     got = counts(OP, operands, operand(y, CURRENT), SPIKES, SPIKES, SPIKES, 4, 2, measured=measured)
     assert got == Counts(dense_macs=2 * 4 * 9 * (3 + 2), acs=12)
-    got = counts(STREAM, operands, operand(y, CURRENT), SPIKES, SPIKES, SPIKES, ANALOG, 4, 2, measured=measured)
-    assert got == Counts(dense_macs=2 * 3 * (4 + 2) * 3 * 2, acs=24)
     # Rates are real numbers: causal multiply-accumulates, 6 pairs of the 9.
     operands = [operand(x[0], RATE) for x in (q, k, v)]
     assert counts(OP, operands, operand(y[0]), RATE, RATE, RATE, 4, 2) == Counts(dense_macs=360, macs=2 * 4 * 6 * (3 + 2))
