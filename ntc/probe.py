@@ -7,6 +7,7 @@ with the reference function. Layout operations and masks do not depend on the va
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,7 +54,12 @@ def concrete(program: Program, value: Any, sizes: tuple[int, int]) -> Any:
         return value
     placeholder = next(n for n in program.graph.nodes if n.op == "placeholder")
     symbols = [s.node.expr for s in placeholder.meta["val"].shape]
-    return int(value.node.expr.subs(dict(zip(symbols, sizes, strict=True))))
+    return _substituted(value.node.expr, tuple(symbols), sizes)
+
+
+@functools.lru_cache(maxsize=4096)  # the same few sizes stand in every layer, and sympy is slow
+def _substituted(size: Any, symbols: tuple[Any, ...], sizes: tuple[int, int]) -> int:
+    return int(size.subs(dict(zip(symbols, sizes, strict=True))))
 
 
 def shape_at(program: Program, node: Node, sizes: tuple[int, int]) -> tuple[int, ...]:
