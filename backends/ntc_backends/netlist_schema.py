@@ -6,7 +6,7 @@ inputs by the outputs of other elements (``"element:port"``), every weight is a 
 
 Objects are written in the order of the fields here, tables by name, lists of elements in the order of execution.
 
-    python -m ntc_backends.netlist_schema          # writes netlist.schema.json beside this file anew
+    python -m ntc_backends.netlist_schema          # writes netlist.schema.json beside this file, and the tables of docs/netlist.md
 """
 
 from __future__ import annotations
@@ -346,4 +346,9 @@ def schema_text() -> str:
 
 
 if __name__ == "__main__":
+    from ntc_backends.netlist_docs import renew_file  # reads this module
+
     SCHEMA_FILE.write_text(schema_text(), encoding="utf-8")
+    page = Path(__file__).parents[2] / "docs" / "netlist.md"
+    if page.is_file():  # not in an installed package
+        renew_file(page)
