@@ -126,7 +126,14 @@ def _write_json(path: Path, data: Any) -> None:
 # ------------------------------------------------------------------------------------------------ saving
 
 
-def save(program: Program, folder: Path, *, analog: Program | None = None, tokenizer: Any | None = None, about: Mapping[str, Any] | None = None) -> None:
+def save(
+    program: Program,
+    folder: Path,
+    *,
+    analog: Program | None = None,
+    tokenizer: Any | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Write a program into an existing folder; ``seal`` completes it.
 
     Args:
@@ -211,8 +218,9 @@ def _target_to_text(node: Node) -> str:
     return name
 
 
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 _NAMED: dict[str, dict[str, Any]] = {
-    "dtype": {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)},
+    "dtype": {str(d).removeprefix("torch."): d for d in _DTYPES},
     "layout": {"strided": torch.strided},
     "memory_format": {"contiguous_format": torch.contiguous_format, "preserve_format": torch.preserve_format},
 }
@@ -293,7 +301,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _rebuild(folder: Path, manifest: Mapping[str, Any], data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Program:
     try:
-        graph, nodes = Graph(), {}
+        graph = Graph()
+        nodes: dict[str, Node] = {}
         for row in data["nodes"]:
             args = tuple(_decode(a, nodes) for a in row.get("args", ()))
             kwargs = {k: _decode(v, nodes) for k, v in row.get("kwargs", {}).items()}

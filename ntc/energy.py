@@ -80,13 +80,9 @@ class Side:
                 result = result + node.counts
         return result * (1.0 / self.tokens)
 
-    def kinds(self) -> list[str]:
-        """Kinds of operations, in the order of their first appearance."""
-        return list(dict.fromkeys(n.kind for n in self.nodes))
-
-    def blocks(self) -> list[str]:
-        """Transformer blocks in order; the empty name is what lies outside."""
-        return list(dict.fromkeys(n.block for n in self.nodes))
+    def groups(self, attribute: str) -> list[str]:
+        """Values of ``block`` or ``kind`` over the nodes, in order; the block with the empty name is what lies outside."""
+        return list(dict.fromkeys(getattr(n, attribute) for n in self.nodes))
 
 
 @dataclass(frozen=True)
@@ -139,6 +135,14 @@ class EnergyReport:
             },
         }  # fmt: skip
 
+    def _both(self, attribute: str, value: str) -> dict[str, float]:
+        """Energy [pJ per token] of the nodes with that block or kind, on both sides."""
+
+        def keep(node: NodeCounts) -> bool:
+            return bool(getattr(node, attribute) == value)
+
+        return {"ann_pj": self.constants.cost(self.ann.total(keep)), "snn_pj": self.constants.cost(self.snn.total(keep))}
+
     def uncounted(self) -> list[dict[str, Any]]:
         """Ops without a counting rule, on either side; their share is of dense MACs, by torch's flop counter."""
         rows = []
@@ -162,21 +166,10 @@ class EnergyReport:
             "total": {
                 "ann_pj": ann_pj, "snn_pj": snn_pj, "reduction": _reduction(ann_pj, snn_pj), "ann": asdict(ann), "snn": asdict(snn),
             },
-            "blocks": [
-                {
-                    "block": block or "outside",
-                    "ann_pj": self.constants.cost(self.ann.total(lambda n, b=block: n.block == b)),
-                    "snn_pj": self.constants.cost(self.snn.total(lambda n, b=block: n.block == b)),
-                }
-                for block in self.ann.blocks()
-            ],
+            "blocks": [{"block": block or "outside", **self._both("block", block)} for block in self.ann.groups("block")],
             "kinds": [
-                {
-                    "kind": kind,
-                    "ann_pj": self.constants.cost(self.ann.total(lambda n, k=kind: n.kind == k)),
-                    "snn_pj": self.constants.cost(self.snn.total(lambda n, k=kind: n.kind == k)),
-                }
-                for kind in dict.fromkeys([*self.ann.kinds(), *self.snn.kinds()])
+                {"kind": kind, **self._both("kind", kind)}
+                for kind in dict.fromkeys([*self.ann.groups("kind"), *self.snn.groups("kind")])
             ],
             "nodes": {"ann": _rows(self.ann, self.constants), "snn": _rows(self.snn, self.constants)},
             "uncounted": self.uncounted(),
@@ -202,7 +195,8 @@ def _rows(side: Side, constants: Constants) -> list[dict[str, Any]]:
         counts = n.counts * (1.0 / side.tokens)
         numbers = {k: v for k, v in asdict(counts).items() if v}
         if numbers:
-            rows.append({"node": n.name, "op": n.op, "module": n.module, "block": n.block, "kind": n.kind, **numbers, "pj": constants.cost(counts)})
+            where = {"node": n.name, "op": n.op, "module": n.module, "block": n.block, "kind": n.kind}
+            rows.append({**where, **numbers, "pj": constants.cost(counts)})
     return rows
 
 

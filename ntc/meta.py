@@ -21,12 +21,14 @@ key                 type                      writer                      reader
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch.fx import Graph, Node
 
 __all__ = [
@@ -75,7 +77,8 @@ def module_of(node: Node) -> str:
     return str(next(reversed(stack.values()))[0])
 
 
-# The frame in the model is wanted, not torch's own or the wrapper's.
+# The frame in the model is wanted, not torch's own or that of the wrapper which captures it.
+_NOT_THE_MODEL = (os.path.dirname(torch.__file__) + os.sep, os.path.join(os.path.dirname(__file__), "frontend.py"))
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>\w+)')
 
 
@@ -84,7 +87,7 @@ def source_of(node: Node) -> str:
     if SOURCE in node.meta:
         return str(node.meta[SOURCE])
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    chosen = next((f for f in reversed(frames) if "/torch/" not in f["path"] and "/ntc/" not in f["path"]), None)
+    chosen = next((f for f in reversed(frames) if not f["path"].startswith(_NOT_THE_MODEL)), None)
     if chosen is None:
         return ""
     return f"{chosen['path'].rsplit('/', 1)[-1]}:{chosen['line']} in {chosen['function']}"

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ntc.meta import NEURON, TYPE, block_of, module_of
 from ntc.ops import Counts, Operand, spec_of
-from ntc.program import Program, op_name
+from ntc.program import Program, interpret, op_name
 from ntc.spike_type import ANALOG, SpikeType
 
 __all__ = ["Activity", "NodeCounts", "PopulationActivity", "count_by_shape", "observe"]
@@ -163,8 +163,6 @@ def _torch_macs(node: Node, args: tuple[Any, ...], value: Any) -> float:
 
 def observe(program: Program, batches: Sequence[Tensor], activity: Activity) -> None:
     """Run every batch and watch it."""
-    from ntc.program import interpret
-
     with torch.no_grad():
         for batch in batches:
             activity.start(batch)
@@ -181,16 +179,8 @@ def count_by_shape(program: Program, shapes: Sequence[tuple[int, int]]) -> Activ
     activity = Activity()
     for batch, length in shapes:
         with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
-            values: dict[Node, Any] = {}
-            for node in program.graph.nodes:
-                if node.op == "placeholder":
-                    values[node] = torch.zeros(batch, length, dtype=torch.long)
-                    activity.start(values[node])
-                elif node.op == "get_attr":
-                    tensor = program.tensor(node)
-                    values[node] = torch.empty(tensor.shape, dtype=tensor.dtype)
-                elif node.op == "call_function":
-                    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-                    values[node] = node.target(*args, **kwargs)
-                    activity.visit(node, args, values[node])
+            ids = torch.zeros(batch, length, dtype=torch.long)
+            activity.start(ids)
+            shapes_only = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in program.tensors.items()}
+            interpret(program, ids, activity.visit, tensors=shapes_only)
     return activity

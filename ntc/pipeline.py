@@ -199,13 +199,16 @@ def run_pipeline(program: Program, passes: Sequence[Pass], context: Context | No
 def _run_one(program: Program, step: Pass, context: Context, number: int) -> Program:
     started = time.perf_counter()
     work = program.copy()
+    before = work.fingerprint()
     try:
         result = step.run(work, context)
     except NtcError:
         raise
     except Exception as error:
         raise PassError(f"pass {step.name} failed: {type(error).__name__}: {error}") from error
-    if not result.modified and (result.sites or work.fingerprint() != program.copy().fingerprint()):
+    if program.copy().fingerprint() != before:
+        raise PassError(f"pass {step.name} wrote into a tensor of the program that it was given: add a new one with add_tensor()")
+    if not result.modified and (result.sites or work.fingerprint() != before):
         raise PassError(f"pass {step.name} says that it changed nothing, but it did: return modified=True, or do not edit")
     if step.required and result.sites == 0:
         nearest = "; ".join(f"nearest miss %{node}: {reason}" for node, reason in result.missed[:1]) or "nothing looked like one"
@@ -221,7 +224,7 @@ def _run_one(program: Program, step: Pass, context: Context, number: int) -> Pro
             "declare exact = False, or mend the rewrite"
         )
     seconds = time.perf_counter() - started
-    options = dataclasses.asdict(step.options) if dataclasses.is_dataclass(step.options) else {}
+    options = {f.name: getattr(step.options, f.name) for f in dataclasses.fields(step.options)}
     work.with_record(PassRecord(step.name, options, result.sites, result.missed, seconds, drift, result.notes))
     logger.info("%02d %s sites=%d missed=%d drift=%.3g %.1f ms", number, step.name, result.sites, len(result.missed), drift, 1e3 * seconds)
     for node, reason in result.missed:

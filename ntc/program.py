@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -343,12 +343,17 @@ def op_name(target: Any) -> str:
 
 
 def interpret(
-    program: Program, input_ids: Tensor, visit: Callable[[Node, tuple[Any, ...], Any], Any | None]
+    program: Program,
+    input_ids: Tensor,
+    visit: Callable[[Node, tuple[Any, ...], Any], Any | None],
+    last: Node | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Run a program node by node, freeing each value after its last use.
 
     ``visit(node, args, value)`` is called for every ``call_function`` node; what it returns, unless None, replaces the
-    value downstream.
+    value downstream. With ``last`` the run stops after that node and returns its value: whoever only watches the middle
+    of a network need not pay for its head. ``tensors`` stand in for the program's own, by name.
     """
     last_use: dict[Node, Node] = {}
     for node in program.graph.nodes:
@@ -362,12 +367,14 @@ def interpret(
         if node.op == "placeholder":
             values[node] = input_ids
         elif node.op == "get_attr":
-            values[node] = program.tensor(node)
+            values[node] = tensors[str(node.target)] if tensors is not None else program.tensor(node)
         elif node.op == "call_function":
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
             value = node.target(*args, **kwargs)
             other = visit(node, args, value)
             values[node] = value if other is None else other
+            if node is last:
+                return cast(Tensor, values[node])
         else:
             result: Tensor = values[node.args[0]]
             return result

@@ -38,7 +38,7 @@ class Tokens:
 
     def batches(self, rows: int) -> tuple[Tensor, ...]:
         """The windows in batches of at most ``rows``."""
-        return tuple(self.windows.split(rows))
+        return tuple(self.windows[i : i + rows] for i in range(0, len(self.windows), rows))
 
 
 def read_text(path: Path) -> str:
@@ -93,7 +93,7 @@ def tokens_from(path: Path, tokenizer: Any, window: int, max_tokens: int | None 
     if len(ids) < 2:
         raise DataError(f"the text {path} gives {len(ids)} token(s); at least 2 are needed")
     if vocab_size is not None and max(ids) >= vocab_size:
-        raise DataError(f"the tokenizer gives the id {max(ids)}, beyond the model's vocabulary of {vocab_size}: it belongs to another model")
+        raise DataError(f"the tokenizer belongs to another model: it gives the id {max(ids)}, and the vocabulary has {vocab_size} tokens")
     width = min(window, len(ids))
     flat = torch.tensor(ids[: len(ids) // width * width], dtype=torch.long)
     return _tokens(flat.view(-1, width), path.name)

@@ -19,7 +19,7 @@ from ntc.ops import aten
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program, interpret
 
-__all__ = ["Calibrate", "threshold_from"]
+__all__ = ["Calibrate", "positive_threshold", "threshold_from"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Calibrate(Pass):
                     if node in samples:
                         samples[node].append(value.flatten(0, -2)[rows].clone())
 
-                interpret(program, batch, visit)
+                interpret(program, batch, visit, last=sites[-1] if sites else None)
                 first += batch.numel()
         for site, parts in samples.items():
             site.meta[STATS] = {"rows": torch.cat(parts)}
@@ -81,7 +81,8 @@ def _sites(program: Program) -> list[Node]:
             found.update(dict.fromkeys(a for a in node.args[:3] if isinstance(a, Node)))
         elif node.target in (aten.gelu.default, aten.relu.default) and isinstance(node.args[0], Node):
             found[node.args[0]] = None
-    return list(found)
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    return sorted(found, key=order.__getitem__)
 
 
 def _chosen_rows(tokens: int, rows: int, seed: int) -> Tensor:
@@ -105,5 +106,9 @@ def threshold_from(rows: Tensor, percentile: float, signed: bool) -> Tensor:
         silent in spite of rounding, not a zero that would fire always.
     """
     values = rows.abs() if signed else rows.clamp(min=0)
-    theta = torch.quantile(values.double(), percentile / 100, dim=0)
-    return theta.clamp(min=float(theta.max()) * 1e-3 or 1e-3).to(rows.dtype)
+    return positive_threshold(torch.quantile(values, percentile / 100, dim=0))
+
+
+def positive_threshold(theta: Tensor) -> Tensor:
+    """Raise thresholds ``[C]`` that are zero, or nearly so, to a thousandth of the largest one."""
+    return theta.clamp(min=float(theta.max()) * 1e-3 or 1e-3)

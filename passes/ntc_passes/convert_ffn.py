@@ -39,7 +39,7 @@ from ntc.meta import NEURON, STATS, NeuronSpec, block_of, building
 from ntc.ops import aten
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
-from ntc_passes.calibrate import threshold_from
+from ntc_passes.calibrate import positive_threshold, threshold_from
 from ntc_passes.replace_attention import check_percentile, check_steps
 
 __all__ = ["ActivationFit", "ConvertFfn", "fit_relu"]
@@ -133,9 +133,11 @@ def fit_relu(rows: Tensor, target: Tensor, percentile: float, shifts: Tensor) ->
     """
     x, y = rows.double(), target.double()
     best: dict[str, Tensor] = {}
+    # A percentile goes along with every monotone map, so the one of max(x - b, 0) is that of x, shifted and clamped.
+    top = torch.quantile(x, percentile / 100, dim=0)
     error = torch.full((x.shape[1],), torch.inf, dtype=torch.float64)
     for b in shifts.tolist():
-        theta = threshold_from(x - b, percentile, signed=False)
+        theta = positive_threshold((top - b).clamp(min=0))
         u = torch.minimum((x - b).clamp(min=0), theta)
         mean_u, mean_y = u.mean(0), y.mean(0)
         variance = (u * u).mean(0) - mean_u**2
@@ -150,7 +152,7 @@ def fit_relu(rows: Tensor, target: Tensor, percentile: float, shifts: Tensor) ->
         error = torch.where(better, e, error)
     dtype = rows.dtype
     relative = float(error.sum() / (y * y).mean(0).sum().clamp(min=1e-30))
-    return ActivationFit(*(best[k].to(dtype) for k in ("threshold", "gain", "shift", "offset")), relative)
+    return ActivationFit(**{k: v.to(dtype) for k, v in best.items()}, residual=relative)
 
 
 # Half a GELU's transition on either side of zero; finer steps change the error in the fourth digit.

@@ -30,7 +30,7 @@ from ntc.ops import TypeMismatch, spec_of, timed
 from ntc.ops.spec import host_rule
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
-from ntc.spike_type import CurrentType, NodeType, SpikeType
+from ntc.spike_type import ANALOG, CurrentType, NodeType, SpikeType
 
 __all__ = ["InsertNeurons"]
 
@@ -80,6 +80,7 @@ def _insert(
             name=node.name.removesuffix("_rate") + "_spikes",
         )  # fmt: skip
     spikes.meta[NEURON] = spec
+    program.infer(spikes)
     node.replace_all_uses_with(spikes)
     program.graph.erase_node(node)
     return spikes
@@ -112,7 +113,6 @@ def _decode(program: Program, train: Node, given: NodeType, before: Node, decode
         following = train.next
         with building(program.graph, before=following, stands_for=[train], by=InsertNeurons.name) as call:
             decoded[train] = call(torch.ops.ntc.decode.default, train, given.code, name=f"{train.name}_decoded")
-        from ntc.spike_type import ANALOG
-
         decoded[train].meta[TYPE] = ANALOG
+        program.infer(decoded[train])
     return decoded[train]

@@ -154,7 +154,8 @@ def _fit(program: Program, sites: dict[Node, _Site], context: Context) -> None:
         site = sites.get(node)
         if site is None:
             return
-        current = site.spikes(*args[:3], node)
+        query, key, attended = args[:3]
+        current = site.spikes(query, key, attended, node)
         if site.options.output == "spikes" and site.output_threshold is None:
             rows = current.flatten(0, -2)
             chosen = rows[torch.linspace(0, len(rows) - 1, min(len(rows), 4096)).long()]
@@ -168,7 +169,7 @@ def _fit(program: Program, sites: dict[Node, _Site], context: Context) -> None:
     with torch.no_grad():
         for number, batch in enumerate(batches):
             context.progress("replace-attention", number, len(batches))
-            interpret(program, batch, visit)
+            interpret(program, batch, visit, last=list(sites)[-1])
 
 
 def _rewrite(program: Program, node: Node, site: _Site) -> float:
