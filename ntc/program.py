@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
+import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -297,6 +298,19 @@ class Program:
     def named(self, source: str) -> Program:
         """The same program under another source name."""
         return Program(self.module, replace(self.info, source=source), self.example, self.facts, self.history)
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The graph for ``networkx``: one node per op, with ``op``, ``module``, ``block``, ``type`` and ``shape``; constants left out."""
+        result = nx.DiGraph()
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "call_function"):
+                kind = str(node.meta.get(TYPE, ""))
+                label = "input" if node.op == "placeholder" else op_name(node.target)
+                result.add_node(
+                    node.name, op=label, module=module_of(node), block=block_of(node), type=kind, shape=self.shape_text(node)
+                )
+                result.add_edges_from((a.name, node.name) for a in node.all_input_nodes if a.op != "get_attr")
+        return result
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable tensors, each once."""

@@ -77,11 +77,6 @@ class SpikeType:
     def __str__(self) -> str:
         return f"spikes T={self.steps} {self.levels} {self.code}" + ("" if self.scale == "none" else f" x{self.scale}")
 
-    @property
-    def events_per_value(self) -> int:
-        """Most binary events that can stand for one value: T for spikes, whatever their payload."""
-        return self.steps
-
 
 @dataclass(frozen=True)
 class CurrentType:

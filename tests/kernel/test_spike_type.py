@@ -55,11 +55,6 @@ def test_a_train_has_a_step(wrong):
             kind(wrong)
 
 
-@given(steps)
-def test_events_per_value(n):
-    assert SpikeType(n).events_per_value == n
-
-
 def test_types_are_values():
     assert SpikeType(4) == SpikeType(4, "rate", "binary", "none", True)
     assert SpikeType(4) != CurrentType(4)
