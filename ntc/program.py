@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ntc.errors import DataError, NtcError
-from ntc.meta import NAME, NEURON, TYPE, block_of
+from ntc.meta import NAME, NEURON, TYPE, block_of, module_of
 
 __all__ = ["ModelInfo", "PassRecord", "Program", "interpret", "op_name"]
 
