@@ -299,9 +299,9 @@ class Program:
         """The same program under another source name."""
         return Program(self.module, replace(self.info, source=source), self.example, self.facts, self.history)
 
-    def to_networkx(self) -> nx.DiGraph:
+    def to_networkx(self) -> nx.DiGraph[str]:
         """The graph for ``networkx``: one node per op, with ``op``, ``module``, ``block``, ``type`` and ``shape``; constants left out."""
-        result = nx.DiGraph()
+        result: nx.DiGraph[str] = nx.DiGraph()
         for node in self.graph.nodes:
             if node.op in ("placeholder", "call_function"):
                 kind = str(node.meta.get(TYPE, ""))
@@ -386,9 +386,9 @@ def interpret(
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n])
             value = node.target(*args, **kwargs)
             other = visit(node, args, value)
-            values[node] = value if other is None else other
+            value = values[node] = value if other is None else other
             if node is last:
-                return cast(Tensor, values[node])
+                return cast(Tensor, value)
         else:
             result: Tensor = values[node.args[0]]
             return result
