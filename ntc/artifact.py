@@ -10,8 +10,7 @@ file                     what
 ``tokenizer/``           the tokenizer, if the model has one
 =======================  ==========================================================================================
 
-Nothing here is a pickle. The same program gives the same bytes. A folder is written beside its place and renamed, so
-that a failure leaves nothing half-written and nothing existing lost.
+Nothing here is a pickle. The same program gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,78 +31,16 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ntc.errors import ArtifactError
+from ntc.folders import MANIFEST, reason_of, umask
 from ntc.meta import MADE_BY, MODULE, NEURON, ORIGIN, SOURCE, NeuronSpec
 from ntc.program import ModelInfo, PassRecord, Program
 from ntc.verify import verify
 
-__all__ = ["FORMAT", "check_output", "is_artifact", "load", "load_analog", "replacing_folder", "save", "seal", "sha256_of"]
+__all__ = ["FORMAT", "load", "load_analog", "read_manifest", "save", "seal", "sha256_of"]
 
 FORMAT = 1
 
 _OPERATORS = {f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)}
-_MANIFEST = "manifest.json"
-
-
-# ------------------------------------------------------------------------------------------------ folders
-
-
-def is_artifact(folder: Path) -> bool:
-    """Whether a folder holds a program of ours."""
-    try:
-        return "ntc_format" in json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-
-
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder before any work is done.
-
-    Raises:
-        ArtifactError: If it is a file, is not empty and may not be overwritten, or holds something else than a program.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; give a folder")
-    if not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise ArtifactError(f"the folder {folder} is not empty; choose another one, or give --overwrite")
-    if not is_artifact(folder):
-        raise ArtifactError(f"the folder {folder} holds something else than a compiled program: it is left as it is")
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``folder`` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        ArtifactError: If the disk is full or the place cannot be written.
-    """
-    folder = folder.absolute()
-    beside: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        os.chmod(beside, 0o755)
-        yield beside
-        old = beside.with_name(beside.name + ".old")
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(beside, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
-    except SafetensorError as error:  # its way of saying that the disk is full
-        raise ArtifactError(f"cannot write {folder}: {error}") from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:
@@ -138,7 +71,7 @@ def save(
 
     Args:
         program: The program.
-        folder: An existing, empty folder (see ``replacing_folder``).
+        folder: An existing, empty folder (see ``ntc.folders.replacing_folder``).
         analog: The canonical network before conversion; only its graph and shapes are written.
         tokenizer: A Hugging Face tokenizer.
         about: More for the manifest: recipe, settings, calibration.
@@ -149,18 +82,24 @@ def save(
     if analog is not None:
         _write_json(folder / "analog.json", _graph_to_json(analog))
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder / "tokenizer")
-    _write_json(folder / _MANIFEST, _manifest(program, about or {}))
+        try:
+            tokenizer.save_pretrained(folder / "tokenizer")
+        except OSError:
+            raise
+        except Exception as error:  # the tokenizers library has no error class for a full disk
+            raise ArtifactError(f"cannot write the tokenizer: {reason_of(error)}") from error
+    _write_json(folder / MANIFEST, _manifest(program, about or {}))
 
 
 def seal(folder: Path, **more: Any) -> dict[str, Any]:
     """Complete the manifest with more entries and the sha256 of every file; returns it."""
-    manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     manifest |= more
-    manifest["files"] = {
-        str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != _MANIFEST
-    }
-    _write_json(folder / _MANIFEST, manifest)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in files:  # safetensors makes files that only their owner can read
+        path.chmod(0o666 & ~umask())
+    manifest["files"] = {str(p.relative_to(folder)): sha256_of(p) for p in files if p.name != MANIFEST}
+    _write_json(folder / MANIFEST, manifest)
     return manifest
 
 
@@ -255,22 +194,37 @@ def load(folder: Path | str) -> Program:
         ArtifactError: If it is no such folder, is damaged, or was written by a newer version.
     """
     folder = Path(folder)
-    manifest = _read_json(folder, _MANIFEST)
-    if "ntc_format" not in manifest:
-        raise ArtifactError(f"{folder} holds no compiled program")
-    if manifest["ntc_format"] > FORMAT:
-        raise ArtifactError(f"{folder} was written by a newer ntc (format {manifest['ntc_format']}, this one reads {FORMAT})")
-    for name in ("program.json", "program.safetensors"):
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"{folder} lacks {name}")
-        if (wanted := manifest.get("files", {}).get(name)) and sha256_of(path) != wanted:
-            raise ArtifactError(f"{path} is damaged: its sha256 is not the one in the manifest")
+    manifest = read_manifest(folder)
+    _check_sum(folder, "program.json", manifest)
+    _check_sum(folder, "program.safetensors", manifest)
     try:
         tensors = load_file(folder / "program.safetensors")
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"cannot read {folder / 'program.safetensors'}: {error}") from error
+        raise ArtifactError(f"cannot read {folder / 'program.safetensors'}: {reason_of(error)}") from error
     return _rebuild(folder, manifest, _read_json(folder, "program.json"), tensors)
+
+
+def read_manifest(folder: Path | str) -> dict[str, Any]:
+    """The manifest of a compiled folder.
+
+    Raises:
+        ArtifactError: If it is no such folder, or was written by a newer version.
+    """
+    folder = Path(folder)
+    manifest = _read_json(folder, MANIFEST)
+    if not isinstance(manifest.get("ntc_format"), int):
+        raise ArtifactError(f"{folder} holds no compiled program: its {MANIFEST} is not ours")
+    if manifest["ntc_format"] > FORMAT:
+        raise ArtifactError(f"{folder} was written by a newer ntc (format {manifest['ntc_format']}, this one reads {FORMAT})")
+    return manifest
+
+
+def _check_sum(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is not complete: it lacks {name}; compile again")
+    if (wanted := manifest.get("files", {}).get(name)) and sha256_of(path) != wanted:
+        raise ArtifactError(f"{path} is damaged: its sha256 is not the one in the manifest; compile again")
 
 
 def load_analog(folder: Path | str) -> Program | None:
@@ -278,24 +232,30 @@ def load_analog(folder: Path | str) -> Program | None:
     folder = Path(folder)
     if not (folder / "analog.json").is_file():
         return None
+    manifest = read_manifest(folder)
+    _check_sum(folder, "analog.json", manifest)
     data = _read_json(folder, "analog.json")
-    tensors = {
-        name: torch.empty(spec["shape"], dtype=getattr(torch, spec["dtype"]), device="meta") for name, spec in data["tensors"].items()
-    }
-    manifest = _read_json(folder, _MANIFEST)
+    try:
+        tensors = {
+            name: torch.empty(spec["shape"], dtype=getattr(torch, spec["dtype"]), device="meta") for name, spec in data["tensors"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{folder / 'analog.json'} is damaged: {error}") from error
     manifest = {**manifest, "facts": ["captured", "canonical"], "history": []}
     return _rebuild(folder, manifest, data, tensors)
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+        data = json.loads((folder / name).read_text(encoding="utf-8"))
     except OSError as error:
         if not folder.exists():
             raise ArtifactError(f"there is no folder {folder}") from error
         raise ArtifactError(f"{folder} holds no compiled program: cannot read {name}") from error
     except ValueError as error:
         raise ArtifactError(f"{folder / name} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{folder / name} is damaged: it holds no JSON object")
     return data
 
 
@@ -314,16 +274,16 @@ def _rebuild(folder: Path, manifest: Mapping[str, Any], data: Mapping[str, Any],
             nodes[row["name"]] = node
             _read_meta(node, row.get("meta", {}))
         module = GraphModule(_as_parameters(data["tensors"], tensors), graph, "Program")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ArtifactError(f"{folder} is damaged: {error}") from error
-    module.eval()
-    info = ModelInfo(**manifest["info"])
-    history = tuple(
-        PassRecord(r["name"], r["options"], r["sites"], tuple((a, b) for a, b in r["missed"]), drift=r["drift"], notes=r["notes"])
-        for r in manifest["history"]
-    )
-    program = Program(module, info, torch.tensor(data["example"]), frozenset(manifest["facts"]), history)
-    program.propagate()
+        module.eval()
+        history = tuple(
+            PassRecord(r["name"], r["options"], r["sites"], tuple((a, b) for a, b in r["missed"]), drift=r["drift"], notes=r["notes"])
+            for r in manifest["history"]
+        )
+        info, example = ModelInfo(**manifest["info"]), torch.tensor(data["example"])
+        program = Program(module, info, example, frozenset(manifest["facts"]), history)
+        program.propagate()
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise ArtifactError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
     verify(program)
     return program
 

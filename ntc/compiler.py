@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import difflib
+import fnmatch
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,14 +14,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ntc import artifact
-from ntc.errors import ConfigError
+from ntc.errors import BackendError, ConfigError, NtcError
+from ntc.folders import check_output, reason_of, replacing_folder
 from ntc.frontend import capture, load_tokenizer
+from ntc.meta import module_of
 from ntc.pipeline import Calibration, Context, run_pipeline
 from ntc.program import Program
 from ntc.recipe import Recipe, Settings
-from ntc.registry import backend, find_pass
+from ntc.registry import Backend, backend, find_pass
 from ntc.registry import recipe as find_recipe
-from ntc.text import Tokens, calibration_from, random_tokens, tokens_from
+from ntc.text import Tokens, calibration_from, random_tokens, read_text, tokens_from
 
 __all__ = ["DEFAULT_RECIPE", "Compilation", "compile_model", "default_calibration", "export", "write"]
 
@@ -106,9 +110,13 @@ def compile_model(
     Raises:
         NtcError: With one sentence that says what was wrong.
     """
+    # Before any work: a wrong option or an empty text costs no minute.
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
     settings = (settings or Settings()).with_options(steps=steps, percentile=percentile)
-    passes = chosen.build(settings, find_pass)  # before any work: a wrong option costs no minute
+    passes = chosen.build(settings, find_pass)
+    text = _calibration_text(model, calibration)
+    if text is not None:
+        read_text(text)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -124,10 +132,11 @@ def compile_model(
         tokenizer = load_tokenizer(model)
     lap("capture")
     warnings: list[str] = []
-    data = _calibration(model, program, calibration, tokenizer, warnings)
+    data = _calibration(text, program, calibration, tokenizer, warnings)
     context = Context(data, settings.overrides, progress)
     split = next((i + 1 for i, p in enumerate(passes) if p.name == "canonicalize"), 0)
     analog = run_pipeline(program, passes[:split], context)
+    _check_overrides(analog, settings)
     del program  # its weights in the model's own layout are not needed any more
     lap("canonicalize")
     compiled = run_pipeline(analog, passes[split:], context)
@@ -135,76 +144,102 @@ def compile_model(
     return Compilation(compiled, analog, chosen, settings, data, tokenizer, seconds, tuple(warnings))
 
 
+def _calibration_text(model: nn.Module | str | Path, given: Path | str | Calibration | Tokens | None) -> Path | None:
+    if isinstance(given, Path | str):
+        return Path(given)
+    return default_calibration(model) if given is None and isinstance(model, str | Path) else None
+
+
 def _calibration(
-    model: nn.Module | str | Path, program: Program, given: Path | str | Calibration | Tokens | None, tokenizer: Any, warnings: list[str]
+    text: Path | None, program: Program, given: Path | str | Calibration | Tokens | None, tokenizer: Any, warnings: list[str]
 ) -> Calibration:
     if isinstance(given, Calibration):
         return given
     if isinstance(given, Tokens):
         return calibration_from(given)
     window = min(_WINDOW, program.info.context or _WINDOW)
-    path = Path(given) if given is not None else default_calibration(model) if isinstance(model, str | Path) else None
-    if path is not None:
-        return calibration_from(tokens_from(path, tokenizer, window, _CALIBRATION_TOKENS, program.info.vocab_size))
+    if text is not None and (given is not None or tokenizer is not None):
+        return calibration_from(tokens_from(text, tokenizer, window, _CALIBRATION_TOKENS, program.info.vocab_size))
     warnings.append("no calibration text was given, so thresholds come from random tokens and mean little: give --calibration FILE")
     return calibration_from(random_tokens(program.info.vocab_size, window, min(_CALIBRATION_TOKENS, 8 * window)))
 
 
+def _check_overrides(analog: Program, settings: Settings) -> None:
+    """Refuse an override whose pattern matches no module: it would do nothing, and nobody would see that."""
+    modules = list(dict.fromkeys(module_of(n) for n in analog.graph.nodes))
+    for override in settings.overrides:
+        if not fnmatch.filter(modules, override.module):
+            near = difflib.get_close_matches(override.module, modules, n=1, cutoff=0.3)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            raise ConfigError(f"the override for {override.module!r} matches no module of {analog.info.source}{hint}")
+
+
 def write(
-    compilation: Compilation, folder: Path | str, *, emit: Sequence[str] = (), overwrite: bool = False, progress: Progress = _silent
+    compilation: Compilation,
+    folder: Path | str,
+    *,
+    emit: Sequence[str] = (),
+    overwrite: bool = False,
+    tokens: Tensor | None = None,
+    progress: Progress = _silent,
 ) -> dict[str, Any]:
     """Write a compilation to a folder, with the artefacts asked for; returns what each back end measured.
+
+    Args:
+        compilation: What ``compile_model`` returned.
+        folder: A folder that is empty or does not exist, unless ``overwrite`` is given and it holds a program of ours.
+        emit: Names of back ends.
+        overwrite: Replace the program that is there.
+        tokens: Token ids ``[B, L]`` on which back ends measure and check; by default the first windows of the calibration.
+        progress: Called with (label, done, total).
 
     Raises:
         ArtifactError: If the folder may not be written.
         BackendError: If an artefact disagrees with its program.
     """
     folder = Path(folder)
-    artifact.check_output(folder, overwrite)
+    check_output(folder, overwrite)
     emitters = [backend(name) for name in emit]
-    tokens = _check_tokens(compilation.calibration)
-    with artifact.replacing_folder(folder) as beside:
+    tokens = compilation.calibration.batches[0][:2] if tokens is None else tokens
+    with replacing_folder(folder) as beside:
         artifact.save(
             compilation.program, beside, analog=compilation.analog, tokenizer=compilation.tokenizer, about=compilation.about()
         )
-        results: dict[str, Any] = {}
-        for number, emitter in enumerate(emitters):
-            progress(f"export {emitter.name}", number, len(emitters))
-            results[emitter.name] = emitter.emit(compilation.program, beside, analog=compilation.analog, tokens=tokens)
-        progress("done", len(emitters), len(emitters))
+        results = _emit(emitters, compilation.program, beside, compilation.analog, tokens, progress)
         artifact.seal(beside, targets=results)
     return results
 
 
-def export(
-    source: Path | str, emit: Sequence[str], *, tokens: Tensor | None = None, progress: Progress = _silent
-) -> dict[str, Any]:
+def export(source: Path | str, emit: Sequence[str], *, tokens: Tensor | None = None, progress: Progress = _silent) -> dict[str, Any]:
     """Add artefacts to a compiled folder; the folder is replaced as a whole when all have succeeded.
 
     Raises:
         ConfigError: If nothing is asked for.
         ArtifactError: If the folder holds no program.
     """
-    import shutil
-
     if not emit:
         raise ConfigError("nothing to export: name a target, such as onnx or netlist")
     folder = Path(source)
-    program, analog = artifact.load(folder), artifact.load_analog(folder)
     emitters = [backend(name) for name in emit]
-    with artifact.replacing_folder(folder) as beside:
+    program, analog = artifact.load(folder), artifact.load_analog(folder)
+    with replacing_folder(folder) as beside:
         shutil.copytree(folder, beside, dirs_exist_ok=True)
-        manifest = json.loads((beside / "manifest.json").read_text(encoding="utf-8"))
-        results = dict(manifest.get("targets", {}))
-        for number, emitter in enumerate(emitters):
-            progress(f"export {emitter.name}", number, len(emitters))
-            results[emitter.name] = emitter.emit(program, beside, analog=analog, tokens=tokens)
-        progress("done", len(emitters), len(emitters))
-        artifact.seal(beside, targets=results)
-    return {name: results[name] for name in emit}
+        results = _emit(emitters, program, beside, analog, tokens, progress)
+        artifact.seal(beside, targets={**artifact.read_manifest(beside).get("targets", {}), **results})
+    return results
 
 
-def _check_tokens(calibration: Calibration) -> Tensor:
-    """The tokens on which back ends compare their artefact with the program: the first windows of the calibration text."""
-    first = calibration.batches[0]
-    return first[:2]
+def _emit(
+    emitters: Sequence[Backend], program: Program, folder: Path, analog: Program | None, tokens: Tensor | None, progress: Progress
+) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for number, emitter in enumerate(emitters):
+        progress(f"export {emitter.name}", number, len(emitters))
+        try:
+            results[emitter.name] = emitter.emit(program, folder, analog=analog, tokens=tokens)
+        except (NtcError, OSError):
+            raise
+        except Exception as error:  # a stranger's back end, or a library with error classes of its own
+            raise BackendError(f"back end {emitter.name} failed: {type(error).__name__}: {reason_of(error)}") from error
+    progress("done", len(emitters), len(emitters))
+    return results

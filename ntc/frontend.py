@@ -297,10 +297,16 @@ def load_model(source: str | Path) -> PreTrainedModel:
         raise CaptureError(f"there is no folder {name}")
     if path.exists() and not (path / "config.json").is_file():
         raise CaptureError(f"{name} holds no config.json: it is not a Hugging Face model folder")
+    offline = not path.exists() and not _hub_answers(name)
     with _quiet(transformers):
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, local_files_only=offline)
         except Exception as error:
+            if offline:
+                raise CaptureError(
+                    f"there is no folder {name}, and the hub, where a model of that name may be, cannot be reached: "
+                    "connect to a network, or give a local folder"
+                ) from error
             kind = "read" if path.exists() else "find on disk or on the hub"
             raise CaptureError(f"could not {kind} the model {name}: {_first_line(error)}") from error
         architectures = list(getattr(config, "architectures", None) or [])
@@ -311,7 +317,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
             raise CaptureError(f"{name} is a {config.model_type} model, not a causal language model")
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True
+                name, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=offline
             )
         except Exception as error:
             raise CaptureError(f"could not load the weights of {name}: {_first_line(error)}") from error
@@ -324,6 +330,20 @@ def load_model(source: str | Path) -> PreTrainedModel:
     return loaded
 
 
+def _hub_answers(name: str) -> bool:
+    """Ask the hub once whether it is there: its own client retries for half a minute before it says that there is no network."""
+    from huggingface_hub import constants, get_session, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(hf_hub_url(name, "config.json"), timeout=5)
+    except Exception as error:  # noqa: BLE001 - no name, no route, a proxy that refuses: all mean that the cache is what there is
+        logger.info("the hub does not answer: %s", _first_line(error))
+        return False
+    return True
+
+
 def load_tokenizer(source: str | Path) -> Any | None:
     """The tokenizer beside a model, or None if there is none."""
     import transformers
@@ -333,7 +353,9 @@ def load_tokenizer(source: str | Path) -> Any | None:
         return None
     with _quiet(transformers):
         try:
-            return transformers.AutoTokenizer.from_pretrained(str(source))
+            return transformers.AutoTokenizer.from_pretrained(
+                str(source), local_files_only=path.exists() or not _hub_answers(str(source))
+            )
         except Exception as error:  # noqa: BLE001 - a model without a usable tokenizer still compiles
             logger.warning("no tokenizer in %s: %s", source, _first_line(error))
             return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from ntc.errors import DataError
 from ntc.pipeline import Calibration
 
-__all__ = ["Tokens", "calibration_from", "random_tokens", "read_text", "tokens_from"]
+__all__ = ["Tokens", "calibration_from", "random_tokens", "read_text", "tokens_from", "tokens_of"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_text(path: Path) -> str:
             text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot read the text {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, lzma.LZMAError) as error:
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise DataError(f"{path} is no UTF-8 text: {error}") from error
     if not text.strip():
         raise DataError(f"the text {path} is empty")
@@ -109,6 +109,12 @@ def random_tokens(vocab_size: int, window: int, count: int, seed: int = 0) -> To
 def _tokens(windows: Tensor, name: str) -> Tokens:
     digest = hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
     return Tokens(windows, f"{name}, {windows.numel():,} tokens in windows of {windows.shape[1]}", digest)
+
+
+def tokens_of(calibration: Calibration, count: int) -> Tokens:
+    """The first windows of a calibration text, ``count`` tokens or one window."""
+    windows = torch.cat([b for b in calibration.batches if b.shape[1] == calibration.batches[0].shape[1]])
+    return _tokens(windows[: max(1, count // windows.shape[1])], calibration.description.rsplit(", ", 1)[0])
 
 
 def calibration_from(tokens: Tokens, rows: int = 4) -> Calibration:

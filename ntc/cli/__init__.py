@@ -1,0 +1,25 @@
+"""The command line: ``ntc compile``, ``ntc check`` and the rest; one file per command.
+
+Results go to standard output, everything else (progress, warnings, errors) to standard error. Exit codes: 0 success, 1 a
+negative answer (``ntc check``), 2 bad input, 3 a mistake of ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and end the process."""
+    try:
+        from ntc.cli.app import run
+
+        code = run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:  # before or after everything that cleans up
+        sys.stderr.write("interrupted\n")
+        code = 130
+    raise SystemExit(code)

@@ -1,0 +1,233 @@
+"""``ntc compile``: a model in, a folder with a spiking network out, and a table of what became of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ntc.cli.options import Recipe, SetOptions, SettingsFile, Steps, settings_from
+from ntc.cli.output import JsonFlag, Output, Report, VerboseFlag, count, data_size, duration, names, session, table
+from ntc.cli.tables import by_role, heading, show_attention, show_neurons, show_quality
+
+if TYPE_CHECKING:
+    from ntc.compiler import Compilation
+    from ntc.text import Tokens
+
+__all__ = ["add_to"]
+
+# Tokens of the closing measurement: enough to see what happened, few enough to take seconds. `ntc evaluate` takes more.
+_CALIBRATION_TOKENS = 1024
+_EVALUATION_TOKENS = 4096
+_ENERGY_TOKENS = 512
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command(
+        "compile",
+        epilog="Examples:\n\n"
+        "ntc compile examples/gpt2-books -o build/demo --steps 4 --emit onnx,netlist,energy\n\n"
+        "ntc compile gpt2 -o build/gpt2 --calibration my.txt --set activation=relu --overwrite\n\n"
+        "ntc compile examples/gpt2-books -o build/ffn --recipe ffn-only --steps 32 --evaluate held-out.txt --json",
+    )(compile_)
+
+
+def compile_(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be empty, or see --overwrite.", show_default=False)],
+    recipe: Recipe = "neurtransformer",
+    steps: Steps = None,
+    percentile: Annotated[float | None, typer.Option(help="Percentile of activations that becomes a threshold, for all neurons.")] = None,
+    settings: SettingsFile = None,
+    set_: SetOptions = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text for thresholds (default: calibration.txt of the model).")] = None,
+    emit: Annotated[list[str] | None, typer.Option(help="Also write: onnx, netlist, energy; separated by commas.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the compiled program that is in the folder.")] = False,
+    evaluate: Annotated[
+        Path | None, typer.Option(help="Held-out text for the quality in the closing table (default: the calibration text).")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality and energy for the closing table.")] = True,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Compile a language model to a spiking network.
+
+    Quality in the closing table is measured on --evaluate TEXT if that is given, else on the calibration text, and says so.
+    """
+    with session(as_json, verbose) as out_put:
+        data = _compile(
+            out_put, model, out, recipe, settings_from(settings, set_, steps, percentile), calibration, names(emit), overwrite,
+            evaluate, measure,
+        )  # fmt: skip
+        for warning in data["warnings"]:
+            out_put.warn(warning)
+        out_put.result(data, lambda console: _show(console, data))
+
+
+def _compile(
+    output: Output, model: str, out: Path, recipe: str, settings: Any, calibration: Path | None, emit: list[str], overwrite: bool,
+    evaluate: Path | None, measure: bool,
+) -> dict[str, Any]:  # fmt: skip
+    from ntc.compiler import compile_model, write
+    from ntc.folders import check_output
+    from ntc.registry import backend
+    from ntc.text import read_text
+
+    started = time.perf_counter()
+    # Everything that can be wrong is looked at before the work begins.
+    check_output(out, overwrite)
+    for name in emit:
+        backend(name)
+    if evaluate is not None:
+        read_text(evaluate)
+    with output.progress() as report:
+        done = compile_model(model, recipe=recipe, settings=settings, calibration=calibration, progress=report)
+        seconds = dict(done.seconds)
+        tokens = _tokens(done, evaluate)
+        quality = None
+        if measure:
+            now = time.perf_counter()
+            quality = _quality(done, tokens, report)
+            seconds["evaluate"] = time.perf_counter() - now
+        now = time.perf_counter()
+        targets = write(done, out, emit=emit, overwrite=overwrite, tokens=tokens.windows[:2], progress=report)
+        seconds["write"] = time.perf_counter() - now
+        energy = _energy(done, out, emit, tokens, report) if measure else None
+        seconds["all"] = time.perf_counter() - started
+    return _result(done, out, tokens, evaluate, quality, energy, targets, seconds)
+
+
+def _tokens(done: Compilation, evaluate: Path | None) -> Tokens:
+    from ntc.text import tokens_from, tokens_of
+
+    if evaluate is None:
+        return tokens_of(done.calibration, _CALIBRATION_TOKENS)
+    info = done.program.info
+    return tokens_from(evaluate, done.tokenizer, min(256, info.context or 256), _EVALUATION_TOKENS, info.vocab_size)
+
+
+def _quality(done: Compilation, tokens: Tokens, report: Report) -> dict[str, Any]:
+    from ntc.quality import evaluate
+
+    report("evaluate", 0, len(tokens.windows))
+    return evaluate(done.program, done.analog, tokens, progress=lambda n, of: report("evaluate", n, of)).to_json()
+
+
+def _energy(done: Compilation, out: Path, emit: list[str], tokens: Tokens, report: Report) -> dict[str, Any]:
+    """The energy report: the one that was just written, or a measurement on as many tokens."""
+    from ntc.energy import measure_energy
+    from ntc.text import Tokens
+
+    if "energy" in emit:
+        written: dict[str, Any] = json.loads((out / "energy.json").read_text(encoding="utf-8"))
+        return written
+    rows = max(1, _ENERGY_TOKENS // tokens.windows.shape[1])
+    few = Tokens(tokens.windows[:rows], tokens.description, tokens.sha256)
+    report("energy", 0, rows)
+    return measure_energy(done.program, done.analog, few, progress=lambda n, of: report("energy", n, of)).to_json()
+
+
+def _result(
+    done: Compilation, out: Path, tokens: Tokens, evaluate: Path | None, quality: dict[str, Any] | None, energy: dict[str, Any] | None,
+    targets: dict[str, Any], seconds: dict[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    info = done.program.info
+    populations = (quality or {}).pop("populations", [])
+    activity = ("neurons", "events_per_value", "firing_rate", "dead", "saturated")
+    return {
+        "folder": str(out),
+        "model": {"source": info.source, "architecture": info.architecture, "parameters": info.parameters},
+        "recipe": done.recipe.name,
+        "steps": done.program.steps,
+        "passes": [
+            {
+                "name": r.name, "sites": r.sites, "missed": [{"node": n, "reason": why} for n, why in r.missed], "drift": r.drift,
+                "seconds": r.seconds or seconds.get(r.name, 0.0),
+            }
+            for r in done.program.history
+        ],
+        "calibration": {"data": done.calibration.description, "tokens": done.calibration.tokens, "sha256": done.calibration.sha256},
+        **{key: (quality or {}).get(key) for key in activity},
+        "roles": by_role(populations),
+        "quality": quality and {**quality, "on_calibration_text": evaluate is None},
+        "energy": energy and _energy_summary(energy, tokens.description),
+        "files": [{"name": str(p.relative_to(out)), "bytes": p.stat().st_size} for p in sorted(out.rglob("*")) if p.is_file()],
+        "targets": targets,
+        "seconds": seconds,
+        "warnings": list(done.warnings),
+    }  # fmt: skip
+
+
+def _energy_summary(report: dict[str, Any], data: str) -> dict[str, Any]:
+    total = {k: report["total"][k] for k in ("ann_pj", "snn_pj", "reduction")}
+    constants = report["constants"]
+    return {
+        "attention": report["attention"], "total": total, "uncounted_share": report["uncounted_share"], "tokens": report["tokens"],
+        "data": data.split(",")[0], "unit": report["unit"], "constants": constants["title"], "scope": constants["scope"],
+    }  # fmt: skip
+
+
+def _show(console: Console, data: dict[str, Any]) -> None:
+    model = data["model"]
+    about = f"{model['architecture']}, {model['parameters'] / 1e6:,.1f} M parameters, recipe {data['recipe']}, T = {data['steps']}"
+    console.print(Text("Compiled ").append(model["source"], "bold").append(" to ").append(data["folder"], "bold"))
+    console.print(Text(about, "dim"))
+    _show_passes(console, data)
+    if data["quality"]:
+        quality = data["quality"]
+        remark = quality["data"] + ("; the text that thresholds came from, so a bit flattering" if quality["on_calibration_text"] else "")
+        show_neurons(console, data["roles"], data, f"per token, {quality['data']}")
+        show_quality(console, quality, remark)
+    if data["energy"]:
+        energy = data["energy"]
+        uncounted = f", {100 * energy['uncounted_share']:.1f} % of MACs not counted" if energy["uncounted_share"] else ""
+        show_attention(
+            console, energy["attention"], energy["total"],
+            f"per token, {energy['constants']}, {energy['data']}, {count(energy['tokens'])} tokens{uncounted}",
+        )  # fmt: skip
+        console.print(Text(energy["scope"], "dim"))
+    _show_files(console, data)
+    _show_end(console, data)
+
+
+def _show_passes(console: Console, data: dict[str, Any]) -> None:
+    heading(console, "Passes")
+    rows = table("pass", ">sites", ">missed", ">drift of logits", ">time")
+    for p in data["passes"]:
+        missed = Text(count(len(p["missed"])), "yellow") if p["missed"] else Text("-", "dim")
+        drift = "-" if p["drift"] is None else f"{p['drift']:.2g}"
+        rows.add_row(p["name"], count(p["sites"]), missed, drift, duration(p["seconds"]))
+    console.print(rows)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for p in data["passes"]:
+        for miss in p["missed"]:
+            general = " ".join("%..." if w.startswith("%") else w for w in miss["reason"].split())
+            reasons.setdefault((p["name"], general), []).append(miss["node"])
+    for (name, reason), nodes in reasons.items():
+        console.print(Text(f"{name} left {len(nodes)} alone, such as %{nodes[0]}: {reason}", "dim"))
+
+
+def _show_files(console: Console, data: dict[str, Any]) -> None:
+    heading(console, f"Files in {data['folder']}")
+    rows = table("file", ">size")
+    inner = [f for f in data["files"] if "/" in f["name"]]
+    for f in data["files"]:
+        if "/" not in f["name"]:
+            rows.add_row(f["name"], data_size(f["bytes"]))
+    for folder in dict.fromkeys(f["name"].split("/")[0] for f in inner):
+        rows.add_row(folder + "/", data_size(sum(f["bytes"] for f in inner if f["name"].startswith(folder + "/"))))
+    console.print(rows)
+
+
+def _show_end(console: Console, data: dict[str, Any]) -> None:
+    seconds = data["seconds"]
+    stages = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "all")
+    console.print()
+    console.print(Text(f"Done in {duration(seconds['all'])}").append(f"  {stages}", "dim"))
+    console.print(Text("Next: ", "bold").append(f"ntc evaluate {data['folder']} --data TEXT", "cyan"))

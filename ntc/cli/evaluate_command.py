@@ -1,0 +1,81 @@
+"""``ntc evaluate``: quality of a compiled program against the network that it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, session
+from ntc.cli.tables import by_role, show_neurons, show_quality
+from ntc.errors import ArtifactError, DataError
+
+__all__ = ["add_to"]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command(
+        "evaluate",
+        epilog="Examples:\n\n"
+        "ntc evaluate build/demo --data examples/data/books-sample.txt --against examples/gpt2-books\n\n"
+        "ntc evaluate build/demo --data held-out.txt.xz --max-tokens 20000 --json",
+    )(evaluate)
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ntc compile wrote.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Text to evaluate on, UTF-8, plain or .xz.", show_default=False)],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original model (default: where it was when it was compiled).")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window (default: the context, at most 256).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens (default: all).")] = None,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Measure the quality of a compiled program against the original, on the same tokens in the same run."""
+    with session(as_json, verbose) as output:
+        result = _evaluate(output, folder, data, against, window, max_tokens)
+        output.result(result, lambda console: _show(console, result))
+
+
+def _evaluate(
+    output: Output, folder: Path, data: Path, against: str | None, window: int | None, max_tokens: int | None
+) -> dict[str, Any]:
+    from ntc import artifact
+    from ntc.frontend import capture, load_tokenizer
+    from ntc.quality import evaluate
+    from ntc.text import read_text, tokens_from
+
+    info = artifact.read_manifest(folder).get("info", {})
+    source = against or str(info.get("source", ""))
+    if against is None and not Path(source).is_dir():
+        raise ArtifactError(f"the model {source} that {folder} was compiled from is not there: give --against MODEL")
+    context = int(info.get("context") or 0)
+    if window is not None and context and window > context:
+        raise DataError(f"a window of {window} tokens is longer than the model's context of {context}: give --window {context} or less")
+    read_text(data)  # before the seconds that loading takes
+    with output.progress() as report:
+        report("load", 0, 1)
+        program = artifact.load(folder)
+        tokenizer = load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+        tokens = tokens_from(data, tokenizer, window or min(256, context or 256), max_tokens, program.info.vocab_size)
+        report("capture", 0, 1)
+        analog = capture(source)
+        report("evaluate", 0, len(tokens.windows))
+        quality = evaluate(program, analog, tokens, progress=lambda done, total: report("evaluate", done, total))
+    result = quality.to_json()
+    return {"folder": str(folder), "against": source, **result, "roles": by_role(result["populations"])}
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    console.print(
+        Text(result["folder"], "bold").append(" against ", "not bold").append(result["against"], "bold")
+        .append(f"  T = {result['steps']}, {count(result['tokens'])} tokens", "not bold dim")
+    )  # fmt: skip
+    show_neurons(console, result["roles"], result, f"per token, {result['data']}")
+    show_quality(console, result, result["data"])

@@ -1,0 +1,147 @@
+"""``ntc passes`` and ``ntc recipes``: what is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ntc.cli.output import JsonFlag, VerboseFlag, session, table
+
+__all__ = ["add_to"]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command("passes", epilog="Examples:\n\nntc passes\n\nntc passes --json")(passes)
+    group = typer.Typer(
+        invoke_without_command=True, help="List the recipes, or show one.",
+        epilog="Examples:\n\nntc recipes\n\nntc recipes show neurtransformer\n\nntc recipes show ffn-only --json",
+    )  # fmt: skip
+    group.callback()(recipes)
+    group.command("show", epilog="Example: ntc recipes show neurtransformer")(show)
+    app.add_typer(group, name="recipes")
+
+
+def passes(as_json: JsonFlag = False, verbose: VerboseFlag = 0) -> None:
+    """List the passes: what they need, what they establish, their options, and which package brings them."""
+    from ntc.registry import listed
+
+    with session(as_json, verbose) as output:
+        rows = [_pass(row) for row in listed("pass")]
+        output.result({"passes": rows}, lambda console: _show_passes(console, rows))
+
+
+def _pass(row: Any) -> dict[str, Any]:
+    cls = row.loaded
+    about: dict[str, Any] = {"name": row.name, "package": row.distribution, "entry_point": row.value, "error": row.error or None}
+    if cls is None:
+        return {**about, "summary": "", "requires": [], "provides": [], "exact": None, "required": None, "options": []}
+    return {
+        **about, "summary": cls.summary(), "requires": sorted(cls.requires), "provides": sorted(cls.provides), "exact": cls.exact,
+        "required": cls.required, "options": _options(cls),
+    }  # fmt: skip
+
+
+def _options(cls: Any) -> list[dict[str, Any]]:
+    meanings = _meanings(cls.Options.__doc__ or "")
+    found = []
+    for f in dataclasses.fields(cls.Options):
+        default = None if f.default is dataclasses.MISSING else f.default
+        found.append({"name": f.name, "default": default, "meaning": meanings.get(f.name, "")})
+    return found
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    """What the ``Attributes:`` section of a docstring says of each name."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in docstring.partition("Attributes:")[2].splitlines():
+        first, colon, rest = line.strip().partition(": ")
+        if colon and first.isidentifier() and len(line) - len(line.lstrip()) <= 8:
+            name = first
+            found[name] = rest
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+def _show_passes(console: Console, rows: list[dict[str, Any]]) -> None:
+    shown = table("pass", "exact", "needs", "gives", "what it does")
+    for r in rows:
+        what = Text(r["summary"]) if r["error"] is None else Text(f"cannot be imported: {r['error']}", "red")
+        exact = "" if r["exact"] is None else "yes" if r["exact"] else "no"
+        shown.add_row(r["name"], exact, ", ".join(r["requires"]), ", ".join(r["provides"]), what)
+    console.print(shown)
+    console.print()
+    for r in rows:
+        if r["options"]:
+            options = ", ".join(f"{o['name']}={o['default']}" for o in r["options"])
+            console.print(Text(r["name"], "bold").append("  " + options, "not bold dim"))
+
+
+def recipes(context: typer.Context, as_json: JsonFlag = False, verbose: VerboseFlag = 0) -> None:
+    """List the recipes, or show one."""
+    from ntc.registry import listed
+
+    if context.invoked_subcommand is not None:
+        return
+    with session(as_json, verbose) as output:
+        rows = []
+        for row in listed("recipe"):
+            r = row.loaded
+            rows.append({
+                "name": row.name, "package": row.distribution, "error": row.error or None, "summary": getattr(r, "summary", ""),
+                "source": getattr(r, "source", ""), "passes": [s.name for s in getattr(r, "steps", ())],
+            })  # fmt: skip
+        output.result({"recipes": rows}, lambda console: _show_recipes(console, rows))
+
+
+def _show_recipes(console: Console, rows: list[dict[str, Any]]) -> None:
+    shown = table("recipe", "what it does", "after")
+    for r in rows:
+        shown.add_row(r["name"], r["summary"] if r["error"] is None else Text(f"cannot be imported: {r['error']}", "red"), r["source"])
+    console.print(shown)
+    console.print(Text("\nntc recipes show NAME lists its passes and settings.", "dim"))
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="Name of the recipe.", show_default=False)],
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = 0,
+) -> None:
+    """Show one recipe: its passes in order, and the settings that --set and a settings file can change."""
+    from ntc.registry import find_pass, recipe
+
+    with session(as_json, verbose) as output:
+        found = recipe(name)
+        steps = []
+        for step in found.steps:
+            cls = find_pass(step.name)
+            options = [{**o, "default": step.options.get(o["name"], o["default"])} for o in _options(cls)]
+            steps.append({"name": step.name, "summary": cls.summary(), "exact": cls.exact, "options": options})
+        result = {
+            "name": found.name, "summary": found.summary, "source": found.source, "spiking": found.spiking, "analog": found.analog,
+            "passes": steps,
+        }  # fmt: skip
+        output.result(result, lambda console: _show_recipe(console, result))
+
+
+def _show_recipe(console: Console, result: dict[str, Any]) -> None:
+    console.print(Text(result["name"], "bold").append(f"  {result['summary']}", "not bold"))
+    facts = table("", "")
+    facts.show_header = False
+    for key, label in (("source", "after"), ("spiking", "spiking"), ("analog", "analog")):
+        facts.add_row(Text(label, "dim"), result[key])
+    console.print(facts)
+    console.print()
+    rows = table("pass", "setting", "default", "meaning")
+    for step in result["passes"]:
+        rows.add_row(Text(step["name"], "bold"), "", "", Text(step["summary"], "dim"))
+        for o in step["options"]:
+            rows.add_row("", o["name"], str(o["default"]), o["meaning"])
+    console.print(rows)
+    console.print(Text("\nChange them with --set KEY=VALUE, or in a file: --settings FILE.toml", "dim"))
