@@ -17,10 +17,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.fx import Node
+
 from ntc.errors import ConfigError
+from ntc.meta import block_of
 from ntc.observe import Activity, NodeCounts, count_by_shape, observe
-from ntc.ops import Counts
-from ntc.program import Program
+from ntc.ops import Counts, aten, spec_of
+from ntc.program import Program, check_ids
 from ntc.text import Tokens
 
 __all__ = ["Constants", "EnergyReport", "Side", "load_constants", "measure_energy"]
@@ -56,8 +60,9 @@ def load_constants(path: Path | None = None) -> Constants:
         text = path.read_text(encoding="utf-8") if path else (files("ntc") / "data" / "energy_45nm.toml").read_text("utf-8")
         data = tomllib.loads(text)
         numbers = {k: float(v) for k, v in data["picojoules"].items()}
-        if any(v < 0 for v in numbers.values()):
-            raise ConfigError(f"the energy constants {path} hold a negative number")
+        for name, value in numbers.items():
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"the energy constants {path} give {value} pJ for {name}: it must be finite and not negative")
         return Constants(data["id"], data["title"], data["source"], data["scope"], **numbers)
     except OSError as error:
         raise ConfigError(f"cannot read the energy constants {path}: {error.strerror}") from error
@@ -67,10 +72,11 @@ def load_constants(path: Path | None = None) -> Constants:
 
 @dataclass(frozen=True)
 class Side:
-    """Operations per token of one of the two networks."""
+    """Operations of one of the two networks, summed over ``tokens`` tokens."""
 
     nodes: tuple[NodeCounts, ...]
     tokens: int
+    attention_projections: frozenset[str] = frozenset()  # names of the linear layers around attention
 
     def total(self, keep: Callable[[NodeCounts], bool] = lambda _: True) -> Counts:
         """Sum per token over the nodes that ``keep`` chooses."""
@@ -105,7 +111,6 @@ class EnergyReport:
         Q, K, V and output neurons. ``with_projections`` adds the four projections.
         """
         cost = self.constants.cost
-        in_attention = {n.module for n in self.ann.nodes if n.op == "ntc.attention"}
 
         def product(n: NodeCounts) -> bool:
             return n.kind == "attention"
@@ -113,12 +118,12 @@ class EnergyReport:
         def encoder(n: NodeCounts) -> bool:
             return self.roles.get(n.name, "") in ("q", "k", "v", "ssa")
 
-        def projection(n: NodeCounts) -> bool:
-            return n.kind == "projection" and any(n.module.startswith(m + ".") or n.module == m for m in in_attention if m)
+        def projections(side: Side) -> Counts:
+            return side.total(lambda n: n.name in side.attention_projections)
 
         asa, ssa_products = self.ann.total(product), self.snn.total(product)
         ssa = ssa_products + self.snn.total(encoder)
-        wide_asa, wide_ssa = asa + self.ann.total(projection), ssa + self.snn.total(projection)
+        wide_asa, wide_ssa = asa + projections(self.ann), ssa + projections(self.snn)
         streamed = [n.measured for n in self.snn.nodes if {"write", "read"} <= n.measured.keys()]
         streaming = sum(m["write"] + m["read"] for m in streamed) / self.snn.tokens if streamed else None
         encoders = self.constants.cost(self.snn.total(encoder))
@@ -144,16 +149,18 @@ class EnergyReport:
         return {"ann_pj": self.constants.cost(self.ann.total(keep)), "snn_pj": self.constants.cost(self.snn.total(keep))}
 
     def uncounted(self) -> list[dict[str, Any]]:
-        """Ops without a counting rule, on either side; their share is of dense MACs, by torch's flop counter."""
-        rows = []
-        for side, nodes in (("ann", self.ann.nodes), ("snn", self.snn.nodes)):
-            rows += [{"side": side, "node": n.name, "op": n.op, "module": n.module} for n in nodes if not n.countable]
-        return rows
+        """Ops without a counting rule, on either side, with their multiply-accumulates per token by torch's flop counter."""
+        return [
+            {"side": name, "node": n.name, "op": n.op, "module": n.module, "macs": _hidden_macs(n) / side.tokens}
+            for name, side in (("ann", self.ann), ("snn", self.snn))
+            for n in side.nodes
+            if not n.countable
+        ]
 
     def uncounted_share(self) -> float:
         """Share of the dense MACs of the spiking program that lies in ops without a counting rule."""
         counted = self.snn.total().dense_macs
-        hidden = sum(n.measured.get("flop_counter_macs", 0.0) for n in self.snn.nodes if not n.countable) / self.snn.tokens
+        hidden = sum(_hidden_macs(n) for n in self.snn.nodes) / self.snn.tokens
         return hidden / (counted + hidden) if counted + hidden else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -181,6 +188,10 @@ class EnergyReport:
             "data_sha256": self.data_sha256,
             "constants": asdict(self.constants),
         }  # fmt: skip
+
+
+def _hidden_macs(node: NodeCounts) -> float:
+    return node.measured.get("flop_counter_macs", 0.0)
 
 
 def _reduction(before: float, after: float) -> float | None:
@@ -218,7 +229,12 @@ def measure_energy(
         constants: Energy per operation; by default 45 nm fp32.
         batch: Windows per run.
         progress: Called with (windows done, windows).
+
+    Raises:
+        DataError: If the windows do not fit one of the two.
     """
+    for one in (program, analog):
+        check_ids(tokens.windows, one.info)
     activity = Activity()
     done = 0
     for rows in tokens.batches(batch):
@@ -228,8 +244,8 @@ def measure_energy(
     shapes = [(int(rows.shape[0]), int(rows.shape[1])) for rows in tokens.batches(batch)]
     original = _by_distinct_shape(analog, shapes)
     return EnergyReport(
-        ann=Side(tuple(original.nodes.values()), original.tokens),
-        snn=Side(tuple(activity.nodes.values()), activity.tokens),
+        ann=Side(tuple(original.nodes.values()), original.tokens, _attention_projections(analog)),
+        snn=Side(tuple(activity.nodes.values()), activity.tokens, _attention_projections(program)),
         constants=constants or load_constants(),
         steps=program.steps,
         data=tokens.description,
@@ -237,6 +253,45 @@ def measure_energy(
         window=int(tokens.windows.shape[1]),
         roles={p.name: p.role for p in activity.populations.values()},
     )
+
+
+_PRODUCTS = (torch.ops.ntc.attention.default, torch.ops.ntc.spiking_attention.default)
+
+
+def _attention_projections(program: Program) -> frozenset[str]:
+    """Names of the linear layers that make queries, keys and values, and of those that take the result.
+
+    Read off the graph and not off module names: a hand-written block may hold its attention and its FFN in one module.
+    """
+    found: set[str] = set()
+    for product in (n for n in program.graph.nodes if n.target in _PRODUCTS):
+        # Behind Q, K and V anything of the same block (rotary embeddings, norms); after the result only what leaves it
+        # itself, since a residual add leads on to the FFN.
+        found |= _nearest_linears(product, lambda n: [a for a in n.args[:3] if isinstance(a, Node)], lambda n: n.all_input_nodes)
+        found |= _nearest_linears(product, lambda n: list(n.users), lambda n: list(n.users) if _passes_on(n) else [])
+    return frozenset(found)
+
+
+def _nearest_linears(start: Node, first: Callable[[Node], list[Node]], onward: Callable[[Node], list[Node]]) -> set[str]:
+    found: set[str] = set()
+    seen: set[Node] = set()
+    frontier = first(start)
+    while frontier:
+        node = frontier.pop()
+        if node in seen or node.op != "call_function" or block_of(node) != block_of(start):
+            continue
+        seen.add(node)
+        if node.target is aten.linear.default:
+            found.add(node.name)
+        else:
+            frontier.extend(onward(node))
+    return found
+
+
+def _passes_on(node: Node) -> bool:
+    """Whether an op hands its one input on: a change of layout, a scale, a neuron, a decode."""
+    spec = spec_of(node)
+    return spec is not None and (spec.element in ("population", "decode", "scale") or spec.kind in ("layout", "neurons"))
 
 
 def _by_distinct_shape(analog: Program, shapes: Iterable[tuple[int, int]]) -> Activity:
@@ -247,11 +302,15 @@ def _by_distinct_shape(analog: Program, shapes: Iterable[tuple[int, int]]) -> Ac
         times[shape] = times.get(shape, 0) + 1
     for shape, number in times.items():
         once = count_by_shape(analog, [shape])
+        for row in once.nodes.values():
+            row.counts = row.counts * number
+            row.measured = {key: value * number for key, value in row.measured.items()}
         result.tokens += once.tokens * number
         for name, row in once.nodes.items():
             if name in result.nodes:
-                result.nodes[name].counts = result.nodes[name].counts + row.counts * number
+                sums = result.nodes[name]
+                sums.counts = sums.counts + row.counts
+                sums.measured = {key: sums.measured.get(key, 0.0) + value for key, value in row.measured.items()}
             else:
-                row.counts = row.counts * number
                 result.nodes[name] = row
     return result

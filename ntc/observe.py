@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from ntc.meta import NEURON, TYPE, block_of, module_of
 from ntc.ops import Counts, Operand, spec_of
@@ -134,7 +134,7 @@ class Activity:
             row = NodeCounts(node.name, op_name(node.target), module_of(node), block_of(node), kind, Counts(), {}, countable)
             self.nodes[node.name] = row
         if not row.countable:
-            row.measured["flop_counter_macs"] = row.measured.get("flop_counter_macs", 0.0) + _torch_macs(node, args, value)
+            row.measured["flop_counter_macs"] = row.measured.get("flop_counter_macs", 0.0) + _torch_macs(node, args)
         if spec is None or spec.count is None or not isinstance(value, Tensor):
             return
         nodes = [a for a in node.args if isinstance(a, Node)]
@@ -152,13 +152,16 @@ class Activity:
         return Operand(tuple(int(s) for s in value.shape), node.meta.get(TYPE, ANALOG), self._events.get(node, 0.0))
 
 
-def _torch_macs(node: Node, args: tuple[Any, ...], value: Any) -> float:
-    """Multiply-accumulates of an op that ntc does not know, by torch's table of formulas; 0 for what is in neither."""
-    packet = getattr(node.target, "_overloadpacket", None)
-    formula = flop_registry.get(packet)
-    if formula is None:
+def _torch_macs(node: Node, args: tuple[Any, ...]) -> float:
+    """Multiply-accumulates of an op that ntc does not know, as torch's flop counter sees them while it runs once more.
+
+    Running it decomposes ops such as ``einsum`` into those that the counter knows; what it does not know counts 0.
+    """
+    if any(isinstance(v, Node) for v in node.kwargs.values()):  # only positional values are at hand
         return 0.0
-    return float(formula(*args, **node.kwargs, out_val=value)) / 2
+    with FlopCounterMode(display=False) as counter:
+        node.target(*args, **node.kwargs)  # type: ignore[operator]
+    return float(counter.get_total_flops()) / 2
 
 
 def observe(program: Program, batches: Sequence[Tensor], activity: Activity) -> None:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.errors import ConfigError, NtcError, PassError
+from ntc.errors import ConfigError, NtcError, PassError, VerifyError
 from ntc.meta import module_of
 from ntc.program import PassRecord, Program
 from ntc.verify import max_difference, verify
@@ -196,6 +196,20 @@ def run_pipeline(program: Program, passes: Sequence[Pass], context: Context | No
     return program
 
 
+def _checked(program: Program, work: Program, step: Pass, modified: bool) -> tuple[float, float]:
+    """Shapes, verification and drift of what a pass left; every error names the pass."""
+    try:
+        if modified:
+            work.refresh()
+        verify(work)
+        return max_difference(program, work)
+    except VerifyError as error:
+        raise VerifyError(f"pass {step.name} left a program that breaks a rule: {error}") from error
+    except Exception as error:  # torch's own, from propagating shapes or from running the graph
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise PassError(f"pass {step.name} left a program that does not run: {reason}") from error
+
+
 def _run_one(program: Program, step: Pass, context: Context, number: int) -> Program:
     started = time.perf_counter()
     work = program.copy()
@@ -206,6 +220,8 @@ def _run_one(program: Program, step: Pass, context: Context, number: int) -> Pro
         raise
     except Exception as error:
         raise PassError(f"pass {step.name} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(result, PassResult):
+        raise PassError(f"pass {step.name} returned {type(result).__name__}: run() returns a PassResult")
     if program.copy().fingerprint() != before:
         raise PassError(f"pass {step.name} wrote into a tensor of the program that it was given: add a new one with add_tensor()")
     if not result.modified and (result.sites or work.fingerprint() != before):
@@ -214,10 +230,7 @@ def _run_one(program: Program, step: Pass, context: Context, number: int) -> Pro
         nearest = "; ".join(f"nearest miss %{node}: {reason}" for node, reason in result.missed[:1]) or "nothing looked like one"
         raise PassError(f"pass {step.name} found none of its sites in {program.info.source}: {nearest}")
     work.facts = (work.facts | step.provides) - step.removes
-    if result.modified:
-        work.refresh()
-    verify(work)
-    drift, largest = max_difference(program, work)
+    drift, largest = _checked(program, work, step, result.modified)
     if step.exact and not drift <= exact_limit(largest):
         raise PassError(
             f"pass {step.name} claims to be exact, but the logits moved by {drift:.3g} (limit {exact_limit(largest):.3g}): "

@@ -123,7 +123,7 @@ def evaluate(
             f"the program has {program.info.vocab_size} tokens in its vocabulary and {analog.info.source} has "
             f"{analog.info.vocab_size}: they are not the same network"
         )
-    check_ids(tokens.windows, program.info)
+    _check_windows(tokens, program, analog)
     activity = Activity(operations=False)
     sums = dict.fromkeys(("ce", "ce_ann", "cosine", "hidden", "top1", "kl"), 0.0)
     predictions = positions = done = 0
@@ -166,6 +166,13 @@ def evaluate(
     )
 
 
+def _check_windows(tokens: Tokens, *programs: Program) -> None:
+    for program in programs:
+        check_ids(tokens.windows, program.info)
+    if tokens.windows.shape[1] < 2:
+        raise DataError("a window of one token has no next token to predict: windows need at least 2 tokens")
+
+
 def _run(program: Program, rows: Tensor, activity: Activity | None) -> tuple[Tensor, Tensor | None]:
     """Logits, and the hidden states that enter the last linear layer."""
     output = next(n for n in program.graph.nodes if n.op == "output").args[0]
@@ -194,10 +201,12 @@ def _accumulate(sums: dict[str, float], ours: Tensor, theirs: Tensor, rows: Tens
 
 def perplexity(program: Program, tokens: Tokens, batch: int = 4) -> float:
     """Perplexity of one program alone: ``exp(mean next-token cross entropy)`` over the windows."""
+    _check_windows(tokens, program)
     total = count = 0.0
     with torch.no_grad():
         for rows in tokens.batches(batch):
             logits = program(rows)[:, :-1]
-            total += float(functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), rows[:, 1:].reshape(-1), reduction="sum").double())
-            count += rows[:, 1:].numel()
+            targets = rows[:, 1:].reshape(-1)
+            total += float(functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction="sum").double())
+            count += targets.numel()
     return math.exp(min(total / count, 700.0))

@@ -67,8 +67,10 @@ class Recipe:
     def build(self, settings: Settings, find: Callable[[str], type[Pass]]) -> list[Pass]:
         """The passes with their options: the recipe's own, then the settings for all passes that have such an option.
 
+        The overrides are tried out too, so that a wrong value is found before any work.
+
         Raises:
-            ConfigError: For an unknown pass, or a setting that no pass of the recipe has.
+            ConfigError: For an unknown pass, a setting that no pass of the recipe has, or a value that a pass does not take.
         """
         classes = [(step, find(step.name)) for step in self.steps]
         known = sorted({option for _, cls in classes for option in cls.option_names()})
@@ -77,10 +79,21 @@ class Recipe:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
                 raise ConfigError(f"recipe {self.name} has no setting {key!r}; {hint}")
-        return [
-            cls.configure({**step.options, **{k: v for k, v in settings.options.items() if k in cls.option_names()}})
-            for step, cls in classes
-        ]
+        passes = []
+        for step, cls in classes:
+            options = {**step.options, **_known_to(cls, settings.options)}
+            passes.append(cls.configure(options))
+            for override in settings.overrides:
+                try:
+                    cls.configure({**options, **_known_to(cls, override.options)})
+                except ConfigError as error:
+                    raise ConfigError(f"override for {override.module}: {error}") from error
+        return passes
+
+
+def _known_to(cls: type[Pass], values: Mapping[str, Any]) -> dict[str, Any]:
+    names = cls.option_names()
+    return {k: v for k, v in values.items() if k in names}
 
 
 @dataclass(frozen=True)
@@ -110,11 +123,16 @@ def load_settings(path: Path) -> Settings:
         raise ConfigError(f"{path} is no TOML: {error}") from error
     if unknown := data.keys() - {"recipe", "override"}:
         raise ConfigError(f"{path} has a table [{sorted(unknown)[0]}]; only [recipe] and [[override]] are known")
+    if not isinstance(options := data.get("recipe", {}), dict):
+        raise ConfigError(f"recipe in {path} is no table: write [recipe], and its options below")
+    tables = data.get("override", [])
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise ConfigError(f"override in {path} is no list of tables: write [[override]], with two brackets")
     overrides = []
-    for entry in data.get("override", []):
+    for entry in tables:
         values = dict(entry)
         module = values.pop("module", None)
         if not isinstance(module, str):
             raise ConfigError(f"an [[override]] of {path} has no module = \"...\" pattern")
         overrides.append(Override(module, values))
-    return Settings(data.get("recipe", {}), tuple(overrides))
+    return Settings(options, tuple(overrides))

@@ -116,9 +116,12 @@ def recipe(name: str) -> Recipe:
 def backend(name: str) -> Backend:
     """The back end of that name."""
     loaded = _load("backend", name)
-    found: Any = loaded() if isinstance(loaded, type) else loaded
+    try:
+        found: Any = loaded() if isinstance(loaded, type) else loaded
+    except Exception as error:
+        raise ConfigError(f"backend {name} cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(found, Backend):
-        raise ConfigError(f"entry point {name} of group ntc.backends has no emit() method")
+        raise ConfigError(f"entry point {name} of group ntc.backends is no back end: it needs name, files, summary and emit()")
     return found
 
 

@@ -39,7 +39,7 @@ from ntc.meta import NEURON, STATS, NeuronSpec, block_of, building
 from ntc.ops import aten
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
-from ntc_passes.calibrate import positive_threshold, threshold_from
+from ntc_passes.calibrate import percentile_of, positive_threshold, threshold_from
 from ntc_passes.replace_attention import check_percentile, check_steps
 
 __all__ = ["ActivationFit", "ConvertFfn", "fit_relu"]
@@ -83,6 +83,7 @@ class ConvertFfn(Pass):
     name = "convert-ffn"
     requires = frozenset({"canonical", "calibrated"})
     provides = frozenset({"neurons-annotated"})
+    removes = frozenset({"thresholds-folded"})
     required = True
     Options = Options
 
@@ -111,6 +112,9 @@ def _refusal(node: Node) -> str:
     after = list(node.users)
     if not after or any(u.target is not aten.linear.default or u.args[0] is not node for u in after):
         return "its result goes elsewhere than into a linear layer"
+    for part in (a for linear in (before, *after) for a in linear.args[1:3]):
+        if isinstance(part, Node) and part.op != "get_attr":
+            return f"%{part.name}, a weight or bias of the layers beside it, is computed and not a constant"
     if STATS not in before.meta:
         raise PassError(f"no calibration statistics at {where(before)}: run calibrate right before convert-ffn")
     return ""
@@ -133,11 +137,11 @@ def fit_relu(rows: Tensor, target: Tensor, percentile: float, shifts: Tensor) ->
     """
     x, y = rows.double(), target.double()
     best: dict[str, Tensor] = {}
-    # A percentile goes along with every monotone map, so the one of max(x - b, 0) is that of x, shifted and clamped.
-    top = torch.quantile(x, percentile / 100, dim=0)
     error = torch.full((x.shape[1],), torch.inf, dtype=torch.float64)
-    for b in shifts.tolist():
-        theta = positive_threshold((top - b).clamp(min=0))
+    candidates = shifts.tolist()
+    tops = percentile_of(x, percentile, [lambda v, b=b: (v - b).clamp(min=0) for b in candidates])  # type: ignore[misc]
+    for b, top in zip(candidates, tops, strict=True):
+        theta = positive_threshold(top)
         u = torch.minimum((x - b).clamp(min=0), theta)
         mean_u, mean_y = u.mean(0), y.mean(0)
         variance = (u * u).mean(0) - mean_u**2

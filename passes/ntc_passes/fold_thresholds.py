@@ -72,7 +72,7 @@ def fold_rows(weight: Tensor, bias: Tensor | None, threshold: Tensor) -> tuple[T
     Raises:
         ValueError: If a threshold is not positive; names the first neuron and its value.
     """
-    bad = (threshold <= 0).nonzero()
+    bad = (~(threshold > 0)).nonzero()  # NaN is not positive either
     if len(bad):
         first = int(bad[0])
         raise ValueError(f"neuron {first} has the threshold {float(threshold[first]):g}, which is not positive")
@@ -97,7 +97,9 @@ def fold_columns(weight: Tensor, scale: Tensor) -> Tensor:
 def _shared(linear: Node) -> str:
     """Why the weights of a linear layer cannot be changed, or an empty string."""
     for part in linear.args[1:3]:
-        if isinstance(part, Node) and part.op == "get_attr":
+        if isinstance(part, Node):
+            if part.op != "get_attr":
+                return f"%{part.name} is computed, not a constant"
             holders = [n for n in part.graph.nodes if n.op == "get_attr" and n.target == part.target]
             others = [u.name for n in holders for u in n.users if u is not linear]
             if others:

@@ -53,6 +53,10 @@ class InsertNeurons(Pass):
         sites = 0
         for node in list(program.graph.nodes):
             if node.op == "output":
+                (result,) = node.args
+                assert isinstance(result, Node)
+                if timed(types[result]):
+                    node.replace_input_with(result, _decode(program, result, types[result], node, decoded))
                 continue
             if node.target is _RATE:
                 spec = node.meta.get(NEURON)
@@ -98,12 +102,15 @@ def _type(program: Program, node: Node, types: dict[Node, NodeType], decoded: di
         return node.meta[TYPE] if TYPE in node.meta else rule(node, types.__getitem__)
     try:
         return rule(node, types.__getitem__)
-    except TypeMismatch:
+    except TypeMismatch as mismatch:
         for train in trains:
             value = _decode(program, train, types[train], node, decoded)
             types[value] = value.meta[TYPE]
             node.replace_input_with(train, value)
-    return rule(node, types.__getitem__)
+        try:
+            return rule(node, types.__getitem__)
+        except TypeMismatch:  # it needs trains, only others: the first reason is the one that helps
+            raise PassError(f"{mismatch}: at {where(node)}") from mismatch
 
 
 def _decode(program: Program, train: Node, given: NodeType, before: Node, decoded: dict[Node, Node]) -> Node:

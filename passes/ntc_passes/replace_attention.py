@@ -20,6 +20,7 @@ history says how much the logits moved.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from torch.fx import Node
 from ntc.errors import PassError, where
 from ntc.meta import NEURON, STATS, NeuronSpec, block_of, building, module_of
 from ntc.ops import aten, integrate_fire, position_scale, spiking_attention
-from ntc.pipeline import Context, Pass, PassResult
+from ntc.pipeline import Calibration, Context, Pass, PassResult
 from ntc.program import Program, interpret
 from ntc_passes.calibrate import threshold_from
 
@@ -61,6 +62,8 @@ class Options:
         check_steps(self.steps)
         check_percentile(self.percentile)
         check_percentile(self.output_percentile)
+        if type(self.signed_value) is not bool:
+            raise ValueError(f"signed_value must be true or false, got {self.signed_value!r}")
         if self.output not in ("current", "spikes"):
             raise ValueError(f"output must be 'current' or 'spikes', got {self.output!r}")
 
@@ -73,7 +76,7 @@ def check_steps(steps: int) -> None:
 
 def check_percentile(percentile: float) -> None:
     """Refuse a percentile outside of (0, 100]."""
-    if not 0 < percentile <= 100:
+    if not isinstance(percentile, int | float) or isinstance(percentile, bool) or not 0 < percentile <= 100:
         raise ValueError(f"a percentile lies in (0, 100], got {percentile!r}")
 
 
@@ -114,16 +117,19 @@ class ReplaceAttention(Pass):
     name = "replace-attention"
     requires = frozenset({"canonical", "calibrated"})
     provides = frozenset({"neurons-annotated"})
+    removes = frozenset({"thresholds-folded"})
     required = True
     Options = Options
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Choose thresholds, fit the gains on calibration text, rewrite every attention."""
+        if context.calibration is None:
+            raise PassError("replace-attention fits its gains on calibration text: give the same as to calibrate")
         nodes = [n for n in program.graph.nodes if n.target is torch.ops.ntc.attention.default]
         if not nodes:
             return PassResult(False, missed=_near_misses(program))
         sites = {node: self._decide(node, context) for node in nodes}
-        _fit(program, sites, context)
+        _fit(program, sites, context.calibration, context.progress)
         explained = {}
         for node, site in sites.items():
             explained[block_of(node) or node.name] = _rewrite(program, node, site)
@@ -145,10 +151,11 @@ def _near_misses(program: Program) -> tuple[tuple[str, str], ...]:
     return tuple(miss for record in program.history if record.name == "canonicalize" for miss in record.missed)
 
 
-def _fit(program: Program, sites: dict[Node, _Site], context: Context) -> None:
+def _fit(
+    program: Program, sites: dict[Node, _Site], calibration: Calibration, progress: Callable[[str, int, int], None]
+) -> None:
     """Accumulate the least-squares sums of every site over the calibration text, each on the analog program's inputs."""
-    assert context.calibration is not None
-    batches = context.calibration.batches
+    batches = calibration.batches
 
     def visit(node: Node, args: tuple[Any, ...], value: Any) -> None:
         site = sites.get(node)
@@ -168,7 +175,7 @@ def _fit(program: Program, sites: dict[Node, _Site], context: Context) -> None:
 
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            context.progress("replace-attention", number, len(batches))
+            progress("replace-attention", number, len(batches))
             interpret(program, batch, visit, last=list(sites)[-1])
 
 

@@ -1,0 +1,62 @@
+"""Programs that many tests start from, made once per session. Passes work on copies, so nobody changes them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import ntc
+from ntc.pipeline import Context, Override, Pass, run_pipeline
+from ntc.program import Program
+from ntc.testing import NanoGPT, example_ids, tiny_gpt2
+from ntc.text import calibration_from, random_tokens
+from ntc_passes.calibrate import Calibrate
+from ntc_passes.canonicalize import Canonicalize
+from ntc_passes.convert_ffn import ConvertFfn
+from ntc_passes.fold_thresholds import FoldThresholds
+from ntc_passes.insert_neurons import InsertNeurons
+from ntc_passes.replace_attention import ReplaceAttention
+
+# Batches of 3, 3 and 2 windows: nothing may rely on batches of one size.
+TOKENS = random_tokens(61, 12, 96)
+CALIBRATION = calibration_from(TOKENS, rows=3)
+CONTEXT = Context(CALIBRATION)
+
+
+def context(**overrides: dict[str, Any]) -> Context:
+    """Calibration data, and options by module: ``context(**{"transformer.h.0.*": {"steps": 8}})``."""
+    return Context(CALIBRATION, tuple(Override(module, options) for module, options in overrides.items()))
+
+
+@cache
+def canonical(**config: Any) -> Program:
+    """A tiny GPT-2, canonical."""
+    return run_pipeline(ntc.capture(tiny_gpt2(**config)), [Canonicalize()])
+
+
+@cache
+def calibrated(**config: Any) -> Program:
+    return run_pipeline(canonical(**config), [Calibrate()], CONTEXT)
+
+
+@cache
+def nano(**config: Any) -> Program:
+    """A hand-written decoder, canonical and calibrated."""
+    model = NanoGPT(**{"layers": 1, **config})
+    return run_pipeline(ntc.capture(model, example_ids()), [Canonicalize(), Calibrate()], CONTEXT)
+
+
+@cache
+def rates(steps: int = 4, **config: Any) -> Program:
+    """Attention and FFN converted, thresholds not folded, neurons not inserted: the float limit."""
+    return run_pipeline(calibrated(**config), _policy(steps), CONTEXT)
+
+
+@cache
+def spiking(steps: int = 4, **config: Any) -> Program:
+    """What the neurtransformer recipe makes."""
+    return run_pipeline(rates(steps, **config), [FoldThresholds(), InsertNeurons()], CONTEXT)
+
+
+def _policy(steps: int) -> list[Pass]:
+    return [ReplaceAttention.configure({"steps": steps}), ConvertFfn.configure({"steps": steps})]
