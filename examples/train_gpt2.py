@@ -1,11 +1,14 @@
-"""Train a small GPT-2 from plain text: the reference model that ships with ntc.
+r"""Train a small GPT-2 from plain text: the reference model that ships with ntc.
 
-    python examples/train_gpt2.py --text books-train.txt.xz --valid books-valid.txt --test books-test.txt \\
+    python examples/train_gpt2.py --text books-train.txt.xz --valid books-valid.txt --test books-test.txt \
+        --about "36 MB of public-domain English books: Standard Ebooks productions, CC0" --license cc0-1.0 \
         --out build/gpt2-books
 
-The result is an ordinary Hugging Face folder (``GPT2LMHeadModel``, byte-level BPE, fp16 safetensors, model card).
+The result is an ordinary Hugging Face folder (GPT2LMHeadModel, byte-level BPE, fp16 safetensors, model card) with a
+calibration.txt for "ntc compile". Tokens, checkpoints, training.jsonl and curve.svg stay in the work folder.
+
 The work is resumable: run the same command again after a kill and it goes on from the last checkpoint with the
-same data order. ``--text`` takes any UTF-8 file, plain or ``.xz``; documents are separated by ``<|endoftext|>``.
+same data order. --text takes any UTF-8 file, plain or .xz; documents are separated by <|endoftext|>.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -39,7 +44,7 @@ def read_text(path: Path) -> str:
 
 def make_tokenizer(text: str, vocab_size: int, context: int, folder: Path) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE once; later runs load the one that is there."""
-    if (folder / "tokenizer.json").exists():
+    if (folder / "tokenizer_config.json").exists():  # written after tokenizer.json: both are there
         return PreTrainedTokenizerFast.from_pretrained(folder)
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(text.split(END), vocab_size=vocab_size, min_frequency=2, special_tokens=[END])
@@ -48,6 +53,16 @@ def make_tokenizer(text: str, vocab_size: int, context: int, folder: Path) -> Pr
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def calibration_text(text: str, chars: int) -> str:
+    """From the middle of each document, whole lines of at most so many characters."""
+    passages = []
+    for document in (d for d in text.split(END) if d.strip()):
+        start = document.find("\n", len(document) // 2) + 1
+        end = document.rfind("\n", start, start + chars) + 1
+        passages.append(document[start : end or start + chars])  # a longer line is cut
+    return "".join(passages)
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
@@ -64,12 +79,17 @@ def encode(text: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return np.asarray(ids, dtype=np.uint16 if len(tokenizer) <= 65536 else np.uint32)
 
 
+def steps_per_epoch(tokens: int, batch: int, context: int) -> int:
+    """Full batches in one pass over the text, whatever the offset of the epoch."""
+    return (tokens - context) // (context * batch)
+
+
 def batch_at(data: np.ndarray, step: int, batch: int, context: int, seed: int) -> torch.Tensor:
     """Windows of one step: a permutation of non-overlapping windows, drawn afresh (with a new offset) each epoch.
 
     A pure function of ``step``, so a resumed run sees exactly the windows that an uninterrupted one would.
     """
-    per_epoch = (len(data) - context) // (context * batch)
+    per_epoch = steps_per_epoch(len(data), batch, context)
     epoch, within = divmod(step, per_epoch)
     random = np.random.default_rng((seed, epoch))
     offset = int(random.integers(context))
@@ -100,11 +120,56 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return float(args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * along))))
 
 
-def save_checkpoint(path: Path, **state: object) -> None:
-    """Write beside, then rename: a kill while writing leaves the previous checkpoint whole."""
-    beside = path.with_suffix(".tmp")
-    torch.save(state, beside)
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside, then rename: a kill while writing leaves the previous file whole."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        write(file)
     os.replace(beside, path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Likewise for text."""
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def recipe_of(args: argparse.Namespace) -> dict[str, object]:
+    """What a checkpoint depends on: with any other value the run would be another one."""
+    names = ("layers", "width", "heads", "vocab", "context", "steps", "batch", "lr", "decay", "warmup", "seed", "valid_windows", "every")
+    return {name: getattr(args, name) for name in names}
+
+
+def curve_svg(log: list[dict[str, float]]) -> str:
+    """Validation perplexity (log scale) over tokens as an SVG image, 640 x 360."""
+    left, right, top, bottom = 60, 620, 20, 310
+    last = max(row["tokens"] for row in log)
+    values = [row["valid_perplexity"] for row in log]
+    low, high = math.log(min(values)) - 0.05, math.log(max(values)) + 0.05
+
+    def x(tokens: float) -> float:
+        return left + (right - left) * tokens / last
+
+    def y(perplexity: float) -> float:
+        return bottom - (bottom - top) * (math.log(perplexity) - low) / (high - low)
+
+    path = " ".join(f"{x(row['tokens']):.1f},{y(row['valid_perplexity']):.1f}" for row in log)
+    marks = [m * 10**k for k in range(8) for m in (1, 2, 5) if low <= math.log(m * 10**k) <= high] or [values[-1]]
+    rows = "".join(
+        f'<line x1="{left}" x2="{right}" y1="{y(m):.1f}" y2="{y(m):.1f}" stroke="#ddd"/>'
+        f'<text x="{left - 8}" y="{y(m) + 4:.1f}" text-anchor="end">{m:,.0f}</text>'
+        for m in marks
+    )
+    columns = "".join(
+        f'<text x="{x(last * i / 4):.1f}" y="{bottom + 18}" text-anchor="middle">{last * i / 4e6:.3g}</text>' for i in range(5)
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="640" height="360" font-family="sans-serif" font-size="12">'
+        f'<rect width="640" height="360" fill="white"/>{rows}{columns}'
+        f'<polyline points="{path}" fill="none" stroke="#1f5fa8" stroke-width="2"/>'
+        f'<text x="{(left + right) // 2}" y="350" text-anchor="middle">million tokens</text>'
+        f'<text x="14" y="{(top + bottom) // 2}" text-anchor="middle" transform="rotate(-90 14 {(top + bottom) // 2})">'
+        "validation perplexity</text></svg>\n"
+    )
 
 
 def model_card(args: argparse.Namespace, log: list[dict[str, float]], figures: dict[str, float], n: int) -> str:
@@ -116,9 +181,10 @@ def model_card(args: argparse.Namespace, log: list[dict[str, float]], figures: d
         f"| {int(r['step'])} | {r['tokens'] / 1e6:.1f} M | {r['loss']:.3f} | {r['valid_perplexity']:.1f} |" for r in shown
     )
     results = "\n".join(f"| {name} | {value:.2f} |" for name, value in figures.items())
+    licence = f"license: {args.license}\n" if args.license else ""
+    about = f" ({args.about})" if args.about else ""
     return f"""---
-license: cc0-1.0
-language: en
+{licence}language: en
 library_name: transformers
 pipeline_tag: text-generation
 ---
@@ -129,8 +195,9 @@ The reference model of [ntc](../../README.md): {args.layers} layers, {args.width
 small enough to compile, fine-tune and export in seconds, and real enough that quality can be measured. It is not a
 useful writer.
 
-- **Data**: `{args.text.name}` (36 MB of public-domain English books: Standard Ebooks productions, CC0);
+- **Data**: `{args.text.name}`{about};
   validation `{args.valid.name}`, test `{args.test.name}`, neither seen in training.
+- **`calibration.txt`**: one passage from the middle of each training book, for `ntc compile`.
 - **Training**: {args.steps:,} steps of {args.batch} x {args.context} tokens = {args.steps * args.batch * args.context / 1e6:.1f} M tokens,
   AdamW (lr {args.lr:g}, cosine, {args.warmup} warm-up steps, weight decay {args.decay:g}, betas 0.9/0.95), bf16 autocast,
   dropout 0, seed {args.seed}. Script: `examples/train_gpt2.py`.
@@ -159,22 +226,29 @@ def parse() -> argparse.Namespace:
     p.add_argument("--text", type=Path, required=True, help="training text, plain or .xz")
     p.add_argument("--valid", type=Path, required=True, help="validation text")
     p.add_argument("--test", type=Path, required=True, help="test text: measured once, at the end")
-    p.add_argument("--out", type=Path, required=True, help="folder of the finished model")
+    p.add_argument("--out", type=Path, required=True, help="folder of the finished model; an earlier model in it is replaced")
     p.add_argument("--work", type=Path, help="folder for checkpoints and logs [default: OUT.work]")
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--width", type=int, default=256)
-    p.add_argument("--heads", type=int, default=4)
-    p.add_argument("--vocab", type=int, default=4096)
-    p.add_argument("--context", type=int, default=256)
-    p.add_argument("--steps", type=int, default=7400)
-    p.add_argument("--batch", type=int, default=16, help="windows per step")
-    p.add_argument("--lr", type=float, default=1.5e-3)
-    p.add_argument("--decay", type=float, default=0.1)
-    p.add_argument("--warmup", type=int, default=200)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--valid-windows", type=int, default=96)
-    p.add_argument("--every", type=int, default=200, help="steps between validations and checkpoints")
-    p.add_argument("--no-compile", action="store_true", help="train in eager mode")
+    p.add_argument("--about", default="", help="what the training text is, for the model card")
+    p.add_argument("--license", default="", help="licence of the model, for the model card")
+
+    def number(name: str, default: float, meaning: str) -> None:
+        p.add_argument(name, type=type(default), default=default, metavar="N", help=f"{meaning} [default: {default:g}]")
+
+    number("--layers", 4, "transformer blocks")
+    number("--width", 256, "channels of the residual stream")
+    number("--heads", 4, "attention heads")
+    number("--vocab", 4096, "tokens of the byte-level BPE")
+    number("--context", 256, "tokens per window")
+    number("--steps", 7400, "optimizer steps")
+    number("--batch", 16, "windows per step")
+    number("--lr", 1.5e-3, "peak learning rate")
+    number("--decay", 0.1, "weight decay of the matrices")
+    number("--warmup", 200, "steps of linear warm-up")
+    number("--seed", 0, "of the weights and of the data order")
+    number("--valid-windows", 96, "windows of the validation text that are measured while training")
+    number("--every", 200, "steps between validations and checkpoints")
+    number("--calibration-chars", 3600, "most characters of each training document in calibration.txt")
+    p.add_argument("--no-compile", action="store_true", help="train in eager mode: slower, and needs no C++ compiler")
     return p.parse_args()
 
 
@@ -184,6 +258,8 @@ def main() -> None:
     for path in (args.text, args.valid, args.test):
         if not path.is_file():
             sys.exit(f"train_gpt2: no such file: {path}")
+    if args.out.exists() and not (args.out / "config.json").is_file():
+        sys.exit(f"train_gpt2: {args.out} is no model folder and will not be replaced; choose another --out")
     work = args.work or args.out.with_name(args.out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -192,10 +268,17 @@ def main() -> None:
     tokenizer = make_tokenizer(text, args.vocab, args.context, work)
     tokens_file = work / "train-tokens.npy"
     if not tokens_file.exists():
-        np.save(tokens_file, encode(text, tokenizer))
+        tokens = encode(text, tokenizer)
+        replace_file(tokens_file, lambda file: np.save(file, tokens))
     data = np.load(tokens_file, mmap_mode="r")
+    calibration = calibration_text(text, args.calibration_chars)
     del text
-    valid = encode(read_text(args.valid), tokenizer)
+    valid, test = encode(read_text(args.valid), tokenizer), encode(read_text(args.test), tokenizer)
+    if steps_per_epoch(len(data), args.batch, args.context) < 1:
+        sys.exit(f"train_gpt2: {args.text} has {len(data):,} tokens, too few for one step of {args.batch} x {args.context}")
+    for path, ids in ((args.valid, valid), (args.test, test)):
+        if len(ids) < args.context:  # before training, not after it
+            sys.exit(f"train_gpt2: {path} has {len(ids):,} tokens, too few for one window of {args.context}")
 
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=args.context, n_embd=args.width, n_layer=args.layers, n_head=args.heads,
@@ -215,6 +298,10 @@ def main() -> None:
     checkpoint = work / "last.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        wanted = recipe_of(args)
+        other = [f"--{k.replace('_', '-')} {v}" for k, v in state.get("recipe", wanted).items() if v != wanted[k]]
+        if other:
+            sys.exit(f"train_gpt2: the checkpoint in {work} was made with {' '.join(other)}; use the same, or another --work")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, log = state["step"], json.loads(state["log"])
@@ -249,11 +336,14 @@ def main() -> None:
                     "lr": learning_rate(step, args), "tokens_per_second": speed,
                 }  # fmt: skip
                 log.append(row)
-                with (work / "training.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                save_checkpoint(
-                    checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, log=json.dumps(log)
-                )
+                state = {
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "log": json.dumps(log),
+                    "recipe": recipe_of(args),
+                }  # fmt: skip
+                replace_file(checkpoint, lambda file, state=state: torch.save(state, file))
+                # After the checkpoint and from its log: a kill in between neither doubles a row nor loses one for good.
+                replace_text(work / "training.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+                replace_text(work / "curve.svg", curve_svg(log))
                 losses, since = [], time.monotonic()
 
     finished = model.half()  # what ships is what is measured
@@ -264,13 +354,23 @@ def main() -> None:
     measured = GPT2LMHeadModel.from_pretrained(beside, dtype=torch.float32).eval()
     figures = {
         args.valid.stem: perplexity(measured, valid, args.context),
-        args.test.stem: perplexity(measured, encode(read_text(args.test), tokenizer), args.context),
+        args.test.stem: perplexity(measured, test, args.context),
     }
-    (beside / "README.md").write_text(model_card(args, log, figures, sum(p.numel() for p in model.parameters())))
-    shutil.rmtree(args.out, ignore_errors=True)
+    (beside / "calibration.txt").write_text(calibration, encoding="utf-8")
+    card = model_card(args, log, figures, sum(p.numel() for p in model.parameters()))
+    (beside / "README.md").write_text(card, encoding="utf-8")
+    old = args.out.with_name(args.out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if args.out.exists():  # a folder cannot be replaced at once: the old one is only deleted when the new one is in place
+        os.replace(args.out, old)
     os.replace(beside, args.out)
+    shutil.rmtree(old, ignore_errors=True)
     print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
