@@ -24,8 +24,6 @@ from ntc.recipe import Settings
 from ntc.registry import find_pass, recipe
 from ntc_backends.onnx_export import OnnxBackend
 
-_CALIBRATION = Path(__file__).parents[1] / "examples" / "data" / "books-calibration.txt"
-
 
 def windows(model: str, text: Path, window: int, tokens: int) -> torch.Tensor:
     """Token ids ``[N, window]`` from the start of a text, at least ``tokens`` of them if the text is long enough."""
@@ -46,13 +44,14 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--recipe", default="neurtransformer")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipe, such as steps=8")
-    parser.add_argument("--calibration", type=Path, default=_CALIBRATION)
+    parser.add_argument("--calibration", type=Path, help="default: calibration.txt of the model folder")
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     given = parser.parse_args()
 
-    calibration = windows(given.model, given.calibration, given.window, given.calibration_tokens)
+    text = given.calibration or Path(given.model) / "calibration.txt"
+    calibration = windows(given.model, text, given.window, given.calibration_tokens)
     options = {k: int(v) if v.isdigit() else v for k, v in (s.split("=", 1) for s in given.set)}
-    context = ntc.Context(ntc.Calibration(tuple(calibration.split(8)), given.calibration.name, ""))
+    context = ntc.Context(ntc.Calibration(tuple(calibration.split(8)), text.name, ""))
     program = ntc.run_pipeline(ntc.capture(given.model), recipe(given.recipe).build(Settings(options), find_pass), context)
     ids = windows(given.model, given.data, given.window, given.tokens)
     with tempfile.TemporaryDirectory() as folder:

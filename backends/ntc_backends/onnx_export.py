@@ -76,14 +76,14 @@ class Tolerance:
     """How far ONNX Runtime may be from the program *on equal spikes*.
 
     Between two populations a program is smooth, and two executors agree to rounding. At a threshold it is not: a membrane that
-    lies within rounding of theta fires in one executor and not in the other, about once in 10**7 spikes, and in a deep network
+    lies within rounding of theta fires in one executor and not in the other, about once in 10**6 to 10**7 spikes, and in a deep network
     the layers behind can make anything of one spike (measured on untrained GPT-2s: 50 times more flips with every layer). No
     bound on the free-running logits holds for every right file. So the file is judged with each population's readers held to
     the program's spikes, where nothing accumulates; how far the free run goes is measured and reported.
 
     Attributes:
         logits: Largest ``max |delta logit|``, as a fraction of ``1 + max |logit|``. Rounding in fp32 gives 1e-6 to 1e-5.
-        spikes: Largest share of spikes that differ in any one population. Ties give about 1e-7, a weight 1 % off about 1e-2.
+        spikes: Largest share of spikes that differ in any one population. Ties give 1e-7 to 1e-6, weights 1 % off about 1e-2.
         ties: Spikes of a population that may always differ: in a small one a single tie is a large share.
         top1: Least share of positions with the same most probable token; one position may always differ.
     """
@@ -896,12 +896,12 @@ def _run_cut(path: Path, cut: Sequence[str], feeds: dict[str, Tensor]) -> dict[s
     kept = [i for i in model.graph.value_info if i.name not in values.values()]
     del model.graph.value_info[:]
     model.graph.value_info.extend(kept)
-    with _workspace(path.parent) as work:
-        if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
-            os.link(path.parent / _DATA, work / _DATA)
-        (work / _MODEL).write_bytes(model.SerializeToString())
+    beside = path.with_name(f".{path.name}.held")  # beside the file: that is where its external weights are looked for
+    try:
+        beside.write_bytes(model.SerializeToString())
         del model
-        session = _session(work / _MODEL)
         wanted = ["logits", *(f"{v}.own" for v in values.values())]
-        results = session.run(wanted, {values.get(k, k): v.numpy() for k, v in feeds.items()})
+        results = _session(beside).run(wanted, {values.get(k, k): v.numpy() for k, v in feeds.items()})
+    finally:
+        beside.unlink(missing_ok=True)
     return dict(zip(["logits", *values], map(torch.from_numpy, results), strict=True))
