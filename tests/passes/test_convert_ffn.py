@@ -283,7 +283,7 @@ def test_needs_statistics() -> None:
         converted(canonical(n_layer=1))
     program = canonical(n_layer=1).copy()
     program.facts |= {"calibrated"}
-    with pytest.raises(PassError, match="no calibration statistics at node %h_0_mlp_c_fc .*run calibrate right before convert-ffn"):
+    with pytest.raises(PassError, match=r"no calibration statistics at node %h_0_mlp_c_fc .*run calibrate right before convert-ffn"):
         converted(program)
 
 
