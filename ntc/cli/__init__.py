@@ -6,6 +6,7 @@ negative answer (``ntc check``), 2 bad input, 3 a mistake of ours, 130 interrupt
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -22,4 +23,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:  # before or after everything that cleans up
         sys.stderr.write("interrupted\n")
         code = 130
+    if arguments is None:  # all is done and shown: Ctrl-C while Python winds down has nothing to stop
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(code)

@@ -91,9 +91,11 @@ def run(arguments: Sequence[str]) -> int:
         try:
             result = app(args=list(arguments), prog_name="ntc", standalone_mode=False)
             sys.stdout.flush()
-            return 130 if signals.interrupted else result if isinstance(result, int) else 0
+            if signals.interrupted:  # typer makes an exit code of it, without a word
+                return _fail(arguments, "interrupted", 130)
+            return result if isinstance(result, int) else 0
         except BrokenPipeError:  # the reader has seen enough, as in `ntc passes | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _close_output()
             return 0
         except (KeyboardInterrupt, typer.Abort):
             return _fail(arguments, "interrupted", 130)
@@ -101,6 +103,11 @@ def run(arguments: Sequence[str]) -> int:
             if signals.interrupted:
                 return _fail(arguments, "interrupted", 130)
             return _fail(arguments, *_explain(error))
+
+
+def _close_output() -> None:
+    """Nothing more can be written to standard output: what Python still holds for it goes nowhere, without another error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -126,6 +133,9 @@ def _fail(arguments: Sequence[str], message: str, code: int) -> int:
         traceback.print_exc()
     message = " ".join(message.split())
     if "--json" in arguments:
-        print(json.dumps({"error": message}))
+        try:
+            print(json.dumps({"error": message}), flush=True)
+        except OSError:  # it is standard output that fails
+            _close_output()
     sys.stderr.write(f"{'' if code == 130 else 'error: '}{message}\n")
     return code

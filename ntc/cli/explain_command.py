@@ -78,8 +78,10 @@ def _find(folder: Path, program: Program, name: str) -> tuple[str, list[Node]]:
             owner = owner.rpartition(".")[0]
         return "node of model.onnx", [nodes[owner]] if owner else []
     elements = _netlist_elements(folder)
-    element = name.partition(":")[0]
+    element, _, port = name.partition(":")
     if element in elements:
+        if port in elements[element]:
+            element = port
         return "element of netlist.json", [nodes[n] for n in elements[element] if n in nodes]
     origin = [n for n in program.graph.nodes if name in n.meta.get(ORIGIN, ())]
     if origin:
@@ -117,7 +119,8 @@ def _netlist_elements(folder: Path) -> dict[str, list[str]]:
             found[island["name"]] = [op["name"] for op in island["ops"]]
             found |= {op["name"]: [op["name"]] for op in island["ops"]}
         found[data["input"]["name"]] = [data["input"]["name"]]
-        found.setdefault(data["output"]["name"], [data["output"]["logits"].partition(":")[0]])
+        element, _, port = data["output"]["logits"].partition(":")  # the ports of an island are its ops
+        found.setdefault(data["output"]["name"], [port] if port in found else [element])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from error
     return found

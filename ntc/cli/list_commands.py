@@ -66,21 +66,21 @@ def _meanings(docstring: str) -> dict[str, str]:
             found[name] = rest
         elif name and line.strip():
             found[name] += " " + line.strip()
-    return found
+    return {key: text.replace("``", "") for key, text in found.items()}
 
 
 def _show_passes(console: Console, rows: list[dict[str, Any]]) -> None:
-    shown = table("pass", "exact", "needs", "gives", "what it does")
+    shown = table("pass", "exact", "what it does")
     for r in rows:
         what = Text(r["summary"]) if r["error"] is None else Text(f"cannot be imported: {r['error']}", "red")
         exact = "" if r["exact"] is None else "yes" if r["exact"] else "no"
-        shown.add_row(r["name"], exact, ", ".join(r["requires"]), ", ".join(r["provides"]), what)
+        shown.add_row(r["name"], exact, what)
+        facts = [f"{word} {' and '.join(r[key])}" for word, key in (("needs", "requires"), ("gives", "provides")) if r[key]]
+        options = ", ".join(f"{o['name']}={o['default']}" for o in r["options"])
+        for line in ("; ".join(facts), options):
+            if line:
+                shown.add_row("", "", Text(line, "dim"))
     console.print(shown)
-    console.print()
-    for r in rows:
-        if r["options"]:
-            options = ", ".join(f"{o['name']}={o['default']}" for o in r["options"])
-            console.print(Text(r["name"], "bold").append("  " + options, "not bold dim"))
 
 
 def recipes(context: typer.Context, as_json: JsonFlag = False, verbose: VerboseFlag = 0) -> None:

@@ -128,9 +128,9 @@ class _Table(Table):
 def table(*columns: str) -> Table:
     """A table without lines; columns whose name starts with ``>`` are aligned to the right."""
     result = _Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for column in columns:
+    for number, column in enumerate(columns):
         side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
-        result.add_column(Text(column.removeprefix(">")), justify=side, no_wrap=side == "right", overflow="fold")
+        result.add_column(Text(column.removeprefix(">")), justify=side, no_wrap=side == "right" or number == 0, overflow="fold")
     return result
 
 
