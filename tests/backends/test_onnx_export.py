@@ -25,8 +25,10 @@ from ntc.program import Program
 from ntc.recipe import Settings
 from ntc.registry import backend, find_pass, recipe
 from ntc.testing import NanoGPT, example_ids, tiny_gpt2
-from ntc_backends.onnx_export import OPSET, OnnxBackend, Tolerance, check
-from ntc_backends.onnx_export import _functions as functions
+from ntc_backends.onnx_check import Tolerance, check
+from ntc_backends.onnx_export import OnnxBackend
+from ntc_backends.onnx_writer import OPSET
+from ntc_backends.onnx_writer import functions_in as functions
 
 # ------------------------------------------------------------------------------------------------------------- ops alone
 

@@ -1,0 +1,188 @@
+"""Check an ONNX file against the program that it was made of: its form, its results on equal spikes, and how it runs freely."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx.checker
+import onnx.shape_inference
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.errors import BackendError, where
+from ntc.meta import TYPE
+from ntc.ops import spec_of
+from ntc.program import Program, interpret
+from ntc.spike_type import SpikeType
+from ntc_backends.onnx_writer import EXTERNAL_BYTES
+
+__all__ = ["Tolerance", "check", "compare"]
+
+logger = logging.getLogger(__name__)
+
+_HELD = 1 << 26
+"""Spikes that the held comparison takes at once; 256 MB in, as many out."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far ONNX Runtime may be from the program *on equal spikes*.
+
+    Between two populations a program is smooth, and two executors agree to rounding. At a threshold it is not: a membrane that
+    lies within rounding of theta fires in one executor and not in the other, about once in 10**6 to 10**7 spikes, and in a deep network
+    the layers behind can make anything of one spike (measured on untrained GPT-2s: 50 times more flips with every layer). No
+    bound on the free-running logits holds for every right file. So the file is judged with each population's readers held to
+    the program's spikes, where nothing accumulates; how far the free run goes is measured and reported.
+
+    Attributes:
+        logits: Largest ``max |delta logit|``, as a fraction of ``1 + max |logit|``. Rounding in fp32 gives 1e-6 to 1e-5.
+        spikes: Largest share of spikes that differ in any one population. Ties give 1e-7 to 1e-6, weights 1 % off about 1e-2.
+        ties: Spikes of a population that may always differ: in a small one a single tie is a large share.
+        top1: Least share of positions with the same most probable token; one position may always differ.
+    """
+
+    logits: float = 1e-4
+    spikes: float = 1e-4
+    ties: int = 3
+    top1: float = 0.999
+
+
+def check(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance | None = None) -> dict[str, Any]:
+    """Check a written model: its form, then what it computes, against the program it was made of.
+
+    Args:
+        path: The ``.onnx`` file; external weights lie beside it.
+        program: The program.
+        tokens: Token ids ``[B, L]``.
+        tolerance: Limits; by default those of ``Tolerance``.
+
+    Raises:
+        BackendError: If the file is malformed, does not load, or disagrees.
+    """
+    tolerance = tolerance or Tolerance()
+    size = sum(p.stat().st_size for p in path.parent.iterdir() if p.is_file())
+    try:
+        # The full check infers all shapes on a copy of the model; for weights of gigabytes only the structure is checked.
+        onnx.checker.check_model(str(path), full_check=size <= EXTERNAL_BYTES)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BackendError(f"the ONNX checker refuses the model: {error}") from error
+    held = _held(path, program, tokens, tolerance)
+    report = {"checker": "ok", **compare(_session(path), program, tokens), "held": held, "tolerance": asdict(tolerance)}
+    if report["top1_agreement"] < tolerance.top1:
+        logger.warning(
+            "ONNX Runtime and the program give the same token at %.2f %% of the positions only, although every population agrees "
+            "on equal input: this network makes large differences of single flipped spikes", 100 * report["top1_agreement"],
+        )  # fmt: skip
+    return report
+
+
+def _session(model: Path | bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    given = str(model) if isinstance(model, Path) else model
+    try:
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own kinds
+        raise BackendError(f"ONNX Runtime cannot load the model: {error}") from error
+
+
+def compare(session: Any, program: Program, tokens: Tensor) -> dict[str, Any]:
+    """Run an ONNX Runtime session of ``model.onnx`` beside the program, both freely; refuses only what has another shape.
+
+    Returns quantiles over positions of ``max_v |delta logit|`` and the share of positions with the same most probable token.
+    """
+    differences, same, largest = [], 0, 0.0
+    rows = max(1, (1 << 26) // max(1, tokens.shape[1] * program.info.vocab_size))  # 256 MB of logits at a time
+    for ids in torch.split(tokens, rows):
+        with torch.no_grad():
+            expected = program(ids)
+        result = torch.from_numpy(session.run(["logits"], {"input_ids": ids.to(torch.int64).numpy()})[0])
+        if result.shape != expected.shape:
+            raise BackendError(f"ONNX Runtime gives logits of shape {list(result.shape)}, the program {list(expected.shape)}")
+        differences.append((result - expected).abs().amax(-1).flatten())
+        same += int((result.argmax(-1) == expected.argmax(-1)).sum())
+        largest = max(largest, float(expected.abs().max()))
+    moved = torch.cat(differences).sort().values
+    at = {"median": 0.5, "p99": 0.99, "max": 1.0}
+    found = {f"{k}_abs_logit_difference": float(moved[min(moved.numel() - 1, int(q * moved.numel()))]) for k, q in at.items()}
+    return {"tokens": moved.numel(), "top1_agreement": same / moved.numel(), **found, "max_abs_logit": largest}
+
+
+def _held(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance) -> dict[str, Any]:
+    """Run the model with every population's input held to the program's spikes, and judge.
+
+    The edges behind the populations are cut: what a population fires is an output, what its readers see is an input.
+    """
+    trains = {n.name: n for n in program.graph.nodes if n.op == "call_function" and isinstance(n.meta.get(TYPE), SpikeType)}
+    trains = {k: n for k, n in trains.items() if (s := spec_of(n)) is not None and s.element == "population"}
+    per_token = sum(math.prod(int(x) for x in (n.meta["val"].shape[0], n.meta["val"].shape[-1])) for n in trains.values())
+    ids = tokens[:1, : max(8, _HELD // max(1, per_token))]
+    expected: dict[str, Tensor] = {}
+
+    def keep(node: Node, _: tuple[Any, ...], value: Any) -> None:
+        if node.name in trains:
+            expected[node.name] = value
+
+    with torch.no_grad():
+        logits = interpret(program, ids, keep)
+    got = _run_cut(path, list(trains), {"input_ids": ids.to(torch.int64), **expected})
+    difference = float((got["logits"] - logits).abs().max())
+    differing = {name: int((got[name] != value).sum()) for name, value in expected.items()}
+    report = {
+        "tokens": ids.numel(), "max_abs_logit_difference": difference,
+        "top1_agreement": float((got["logits"].argmax(-1) == logits.argmax(-1)).double().mean()),
+        "spikes": sum(v.numel() for v in expected.values()), "spike_mismatches": sum(differing.values()),
+    }  # fmt: skip
+    for name, count in differing.items():
+        allowed = max(tolerance.ties, math.floor(tolerance.spikes * expected[name].numel()))
+        if count > allowed:
+            raise BackendError(
+                f"ONNX Runtime disagrees with the program: on equal input {count} of {expected[name].numel()} spikes differ "
+                f"(limit {allowed}) at {where(trains[name])}"
+            )
+    limit = tolerance.logits * (1.0 + float(logits.abs().max()))
+    if not difference <= limit:  # also if it is NaN
+        raise BackendError(
+            f"ONNX Runtime disagrees with the program: on equal spikes the logits differ by {difference:.3g} (limit {limit:.3g})"
+        )
+    if round((1 - report["top1_agreement"]) * ids.numel()) > max(1, math.floor((1 - tolerance.top1) * ids.numel())):
+        raise BackendError(f"ONNX Runtime gives the same token at {report['top1_agreement']:.2%} of the positions only, on equal spikes")
+    return report
+
+
+def _run_cut(path: Path, cut: Sequence[str], feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run a model file with the values of the nodes ``cut`` fed in; returns the logits and what those nodes made themselves."""
+    model = onnx.load(path, load_external_data=False)
+    known = {i.name: i for i in model.graph.value_info}
+    nodes = {n.name: n for n in model.graph.node}
+    values: dict[str, str] = {}
+    for name in cut:
+        if name not in nodes or (value := nodes[name].output[0]) not in known:
+            raise BackendError(f"the model has no node {name} with a known shape")
+        values[name] = value
+        model.graph.input.append(known[value])
+        own = model.graph.output.add()
+        own.CopyFrom(known[value])
+        own.name = nodes[name].output[0] = f"{value}.own"
+    kept = [i for i in model.graph.value_info if i.name not in values.values()]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+    beside = path.with_name(f".{path.name}.held")  # beside the file: that is where its external weights are looked for
+    try:
+        beside.write_bytes(model.SerializeToString())
+        del model
+        wanted = ["logits", *(f"{v}.own" for v in values.values())]
+        results = _session(beside).run(wanted, {values.get(k, k): v.numpy() for k, v in feeds.items()})
+    finally:
+        beside.unlink(missing_ok=True)
+    return dict(zip(["logits", *values], map(torch.from_numpy, results), strict=True))
