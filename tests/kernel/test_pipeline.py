@@ -170,7 +170,7 @@ def test_a_required_pass_without_sites_shows_the_nearest_miss(program: Program) 
     with pytest.raises(PassError, match="pass edit found none of its sites in GPT2LMHeadModel: nothing looked like one"):
         run(program, edit(nothing, required=True))
     misses = (("h_0_mlp_act", "it is round"), ("lm_head", "it is square"))
-    with pytest.raises(PassError, match="nearest miss %h_0_mlp_act: it is round$"):
+    with pytest.raises(PassError, match=r"nearest miss %h_0_mlp_act: it is round$"):
         run(program, edit(lambda p, c: PassResult(False, missed=misses), required=True))
     assert run(program, edit(lambda p, c: PassResult(False, missed=misses))).history[-1].missed == misses
 
@@ -179,7 +179,7 @@ def test_a_required_pass_without_sites_shows_the_nearest_miss(program: Program) 
 
 
 def test_a_crash_names_the_pass_and_keeps_its_cause(program: Program) -> None:
-    with pytest.raises(PassError, match="pass edit failed: ZeroDivisionError: .*by zero") as caught:
+    with pytest.raises(PassError, match=r"pass edit failed: ZeroDivisionError: .*by zero") as caught:
         run(program, edit(lambda p, c: 1 // 0))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
@@ -188,7 +188,7 @@ def test_our_own_errors_pass_through(program: Program) -> None:
     def refuse(work: Program, context: Context) -> PassResult:
         raise ConfigError("no such thing")
 
-    with pytest.raises(ConfigError, match="^no such thing$"):
+    with pytest.raises(ConfigError, match=r"^no such thing$"):
         run(program, edit(refuse))
 
 
@@ -213,7 +213,7 @@ def test_forgotten_metadata_is_found_and_the_pass_named(program: Program) -> Non
             new = work.graph.call_function(aten.relu.default, (act,))
         act.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
-    with pytest.raises(VerifyError, match="pass edit left a program that breaks a rule: node %relu.* does not say where it comes from"):
+    with pytest.raises(VerifyError, match=r"pass edit left a program that breaks a rule: node %relu.* does not say where it comes from"):
         run(program, edit(forget))
 
 

@@ -1,0 +1,134 @@
+"""Recipes and settings: edits by name, options to the passes that have them, files with clear errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ntc.errors import ConfigError
+from ntc.pipeline import Context, Override, Pass, PassResult
+from ntc.program import Program
+from ntc.recipe import Recipe, Settings, Step, load_settings
+
+
+@dataclass(frozen=True)
+class Slow:
+    steps: int = 4
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be positive, got {self.steps}")
+
+
+@dataclass(frozen=True)
+class Fast:
+    steps: int = 2
+
+
+def pass_of(called: str, options: type[Any]) -> type[Pass]:
+    def run(self: Pass, program: Program, context: Context) -> PassResult:
+        return PassResult(False)
+
+    return type(called, (Pass,), {"name": called, "Options": options, "run": run})
+
+
+PASSES = {"slow": pass_of("slow", Slow), "fast": pass_of("fast", Fast)}
+RECIPE = Recipe("mine", "Mine.", "a paper", "all", "none", (Step("slow", {"steps": 7}), Step("fast")))
+
+
+def find(name: str) -> type[Pass]:
+    if name not in PASSES:
+        raise ConfigError(f"there is no pass called {name!r}")
+    return PASSES[name]
+
+
+def options(recipe: Recipe = RECIPE, *overrides: Override, **given: Any) -> list[Any]:
+    return [p.options for p in recipe.build(Settings(given, overrides), find)]
+
+
+def test_edits_by_name_leave_the_recipe_as_it_was() -> None:
+    def names(recipe: Recipe) -> list[str]:
+        return [s.name for s in recipe.steps]
+
+    assert names(RECIPE.insert_before("slow", Step("plain"))) == ["plain", "slow", "fast"]
+    assert names(RECIPE.insert_before("fast", Step("plain"))) == names(RECIPE.insert_after("slow", Step("plain"))) == ["slow", "plain", "fast"]
+    assert names(RECIPE.insert_after("fast", Step("plain"))) == ["slow", "fast", "plain"]
+    assert names(RECIPE.without("slow")) == ["fast"]
+    assert names(RECIPE) == ["slow", "fast"]
+    for act in (lambda: RECIPE.without("x"), lambda: RECIPE.insert_after("x", Step("y")), lambda: RECIPE.insert_before("x", Step("y"))):
+        with pytest.raises(ConfigError, match="recipe mine has no pass 'x'; it has slow, fast"):
+            act()
+
+
+def test_the_recipe_beats_defaults_and_the_user_beats_the_recipe() -> None:
+    assert options() == [Slow(7), Fast(2)]
+    assert options(steps=3) == [Slow(3), Fast(3)], "a name that two passes share is set for both"
+    assert options(depth=5) == [Slow(7, 5), Fast(2)]
+
+
+def test_unknown_names_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="recipe mine has no setting 'step'; did you mean steps"):
+        options(step=3)
+    with pytest.raises(ConfigError, match="recipe mine has no setting 'xyz'; it has depth, steps"):
+        options(xyz=3)
+    with pytest.raises(ConfigError, match="recipe mine has no setting 'stepz'; did you mean steps"):
+        options(RECIPE, Override("*", {"stepz": 3}))
+    with pytest.raises(ConfigError, match="there is no pass called 'absent'"):
+        options(RECIPE.insert_after("fast", Step("absent")))
+    with pytest.raises(ConfigError, match="pass fast has no option 'depth'"):
+        options(RECIPE.insert_after("fast", Step("fast", {"depth": 1})))
+
+
+def test_wrong_values_are_refused_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match="pass slow: steps must be positive, got 0"):
+        options(steps=0)
+    with pytest.raises(ConfigError, match=r"override for h\.0\.\*: pass slow: steps must be positive, got -1"):
+        options(RECIPE, Override("h.0.*", {"steps": -1}))
+    assert options(RECIPE, Override("h.0.*", {"depth": 3})) == [Slow(7), Fast(2)], "an override changes no default"
+
+
+def test_options_from_the_command_line_go_over_those_of_the_file() -> None:
+    settings = Settings({"steps": 3, "depth": 2}).with_options(steps=9, percentile=None)
+    assert settings.options == {"steps": 9, "depth": 2}
+
+
+def test_a_settings_file(tmp_path: Path) -> None:
+    path = tmp_path / "ntc.toml"
+    path.write_text('[recipe]\nsteps = 8\n\n[[override]]\nmodule = "h.0.*"\nsteps = 16\n\n[[override]]\nmodule = "*"\ndepth = 2\n')
+    assert load_settings(path) == Settings({"steps": 8}, (Override("h.0.*", {"steps": 16}), Override("*", {"depth": 2})))
+    path.write_text("")
+    assert load_settings(path) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[recipe", "is no TOML"),
+        ("[other]\nx = 1", r"has a table \[other\]; only \[recipe\] and \[\[override\]\] are known"),
+        ("recipe = 3", "recipe in .* is no table"),
+        ('[override]\nmodule = "*"', "with two brackets"),
+        ("override = 3", "with two brackets"),
+        ("override = [1, 2]", "with two brackets"),
+        ("[[override]]\nsteps = 3", r'has no module = "..." pattern'),
+        ("[[override]]\nmodule = 3", r'has no module = "..." pattern'),
+    ],
+)
+def test_bad_settings_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "ntc.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_settings(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.toml", tmp_path):
+        with pytest.raises(ConfigError, match="cannot read the settings"):
+            load_settings(path)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is no TOML"):
+        load_settings(binary)
