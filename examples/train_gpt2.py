@@ -56,13 +56,14 @@ def make_tokenizer(text: str, vocab_size: int, context: int, folder: Path) -> Pr
 
 
 def calibration_text(text: str, chars: int) -> str:
-    """From the middle of each document, whole lines of at most so many characters."""
+    """From the middle of each document, whole lines of at most so many characters; of a line longer than that, its start."""
     passages = []
     for document in (d for d in text.split(END) if d.strip()):
-        start = document.find("\n", len(document) // 2) + 1
-        end = document.rfind("\n", start, start + chars) + 1
-        passages.append(document[start : end or start + chars])  # a longer line is cut
-    return "".join(passages)
+        middle = len(document) // 2
+        start = document.find("\n", middle) + 1 or middle
+        end = document.rfind("\n", start, start + chars)
+        passages.append(document[start : end if end > start else start + chars].strip("\n"))
+    return "\n".join(passages) + "\n"
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
@@ -74,7 +75,7 @@ def encode(text: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
         lumps = document.split("\n")
         for start in range(0, len(lumps), 2000):
             lump = "\n".join(lumps[start : start + 2000])
-            ids += tokenizer(lump if start == 0 else "\n" + lump)["input_ids"]
+            ids += tokenizer(lump if start == 0 else "\n" + lump, verbose=False)["input_ids"]
         ids.append(tokenizer.eos_token_id)
     return np.asarray(ids, dtype=np.uint16 if len(tokenizer) <= 65536 else np.uint32)
 
