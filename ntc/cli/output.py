@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TextIO
 import typer
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
@@ -68,19 +68,19 @@ class Output:
             yield lambda label, done, total: None
             return
         columns = (
-            SpinnerColumn(style="cyan"), TextColumn("{task.description}"), BarColumn(32), MofNCompleteColumn(), TimeElapsedColumn(),
+            SpinnerColumn(style="cyan"), TextColumn("{task.description}"), BarColumn(32), TextColumn("{task.fields[number]}"),
+            TimeElapsedColumn(),
         )  # fmt: skip
         with Progress(*columns, console=self.errors, transient=True) as bar:
-            task = bar.add_task("starting", total=None)
-            at = ""
+            at, task = "", bar.add_task("starting".ljust(20), total=None, number="")
 
             def report(label: str, done: int, total: int) -> None:
-                nonlocal at
-                if label != at:  # a new stage; how far it is shows with its second call
-                    at = label
-                    bar.reset(task, description=label.ljust(20), total=None)
-                else:
-                    bar.update(task, completed=done, total=total)
+                nonlocal at, task
+                if label == at:
+                    bar.update(task, completed=done, total=total, number=f"{done}/{total}")
+                elif label != "done":  # a new stage; how far it is shows with its second call
+                    bar.remove_task(task)
+                    at, task = label, bar.add_task(label.ljust(20), total=None, number="")
 
             yield report
 

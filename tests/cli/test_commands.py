@@ -390,3 +390,23 @@ def test_progress_is_shown_on_a_terminal_only() -> None:
             report("calibrate", 3, 7)
             report("calibrate", 7, 7)
         assert ("calibrate" in stream.getvalue() and "7/7" in stream.getvalue()) is terminal
+
+
+def test_explain_nodes_of_onnx(copied: Path) -> None:
+    """The ONNX writer names its nodes as the program's, and their parts ``node.part``."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    names = ("h_0_mlp_act_spikes", "h_0_mlp_c_fc.transposed.1", "constant_0")
+    nodes = [helper.make_node("Identity", ["x"], [f"y{i}"], name=name) for i, name in enumerate(names)]
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [value], [helper.make_tensor_value_info("y0", TensorProto.FLOAT, [1])])),
+              str(copied / "model.onnx"))  # fmt: skip
+    part = result("explain", copied, names[1])
+    assert part["kind"] == "node of model.onnx"
+    assert [n["node"] for n in part["nodes"]] == ["h_0_mlp_c_fc"]
+    assert "a constant that the back end made" in shown("explain", copied, names[2])
+    (copied / "model.onnx").write_bytes(b"no protobuf at all")
+    ran = run_ntc("explain", copied, "unheard-of")
+    assert (ran.code, ran.out) == (2, "")
+    assert "model.onnx is damaged" in ran.err
