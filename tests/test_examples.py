@@ -189,6 +189,7 @@ print(json.dumps({
     assert len(result["thresholds"]) == 5
 
 
+@pytest.mark.skipif(any(d.name == "ntc-share-thresholds" for d in distributions()), reason="the example package is installed")
 def test_package_is_unknown_where_it_is_not_installed():
     done = python("from ntc.registry import find_pass; find_pass('share-thresholds')")
     assert "there is no pass called 'share-thresholds'" in done.stderr
