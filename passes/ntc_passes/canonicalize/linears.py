@@ -1,0 +1,68 @@
+"""addmm, mm and matmul with a weight become ``linear``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.ops import aten
+from ntc.probe import LAYOUT_OPS, equals, evaluate
+from ntc.program import Program
+from ntc_passes.canonicalize.making import constant, making
+
+__all__ = ["rewrite_linears"]
+
+def _constant_matrix(program: Program, node: object) -> tuple[Node, Tensor, bool] | None:
+    """A weight matrix (in, out) behind a node: (its get_attr, value, whether the stored tensor is already (out, in))."""
+    if not isinstance(node, Node):
+        return None
+    base = node
+    while base.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten.contiguous.default):
+        base = base.args[0]  # type: ignore[assignment]
+    if base.op != "get_attr" or base.meta["val"].dim() != 2:
+        return None
+    value: Tensor = evaluate(program, node, {}, (3, 7))
+    stored = program.tensor(base).detach()
+    # Shape alone would take a square matrix for its own transpose: the strides tell.
+    reusable = value.data_ptr() == stored.data_ptr() and value.shape == stored.T.shape and value.stride() == stored.T.stride()
+    return base, value, reusable
+
+
+def rewrite_linears(program: Program) -> int:
+    """addmm, mm and matmul with a weight become ``linear(x, weight [out, in], bias)`` on ``[..., in]``."""
+    count = 0
+    for node in list(program.graph.nodes):
+        if node.target is aten.addmm.default:
+            bias, x, matrix = node.args
+            if node.kwargs or not (isinstance(bias, Node) and bias.op == "get_attr" and bias.meta["val"].dim() == 1):
+                continue
+        elif node.target in (aten.mm.default, aten.matmul.default):
+            (x, matrix), bias = node.args, None
+        else:
+            continue
+        weight = _constant_matrix(program, matrix)
+        if weight is None or not isinstance(x, Node):
+            continue
+        base, value, reusable = weight
+        source = _unflattened(program, x)
+        with making(program, node, [node]) as call:
+            stored = base if reusable else call(constant(program, f"{base.target}_t", value.T.contiguous()), at=base)
+            result = call(aten.linear.default, source, stored, *([bias] if bias is not None else []))
+            if source is not x:  # the old node was [B * L, out]: what follows sees that, and the chain cancels later
+                result = call(aten.reshape.default, result, [-1, value.shape[1]])
+        node.replace_all_uses_with(result)
+        program.graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _unflattened(program: Program, x: Node) -> Node:
+    """The node of which ``x [M, C]`` is the flattened form, or x."""
+    if x.meta["val"].dim() != 2:
+        return x
+    source = x
+    while source.target in LAYOUT_OPS and isinstance(source.args[0], Node):
+        source = source.args[0]
+        if source.meta["val"].dim() > 2 and equals(program, source, x, lambda t, _: t.reshape(-1, t.shape[-1])):
+            return source
+    return x
