@@ -27,7 +27,8 @@ def row(name: str, q: Quality) -> str:
     )
 
 
-HEAD = "| program | perplexity | change | cosine | cosine, hidden | top-1 | KL [nats] | firing rate | events per value |\n" + "| --- " * 9 + "|"
+COLUMNS = ("program", "perplexity", "change", "cosine", "cosine, hidden", "top-1", "KL [nats]", "firing rate", "events per value")
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|"
 
 
 def pass_by_pass(analog: Program, context: Context, tokens: Tokens, steps: int) -> None:

@@ -138,6 +138,7 @@ def compile_model(
     analog = run_pipeline(program, passes[:split], context)
     _check_overrides(analog, settings)
     del program  # its weights in the model's own layout are not needed any more
+    gc.collect()  # torch.export leaves cycles that hold all of them
     lap("canonicalize")
     compiled = run_pipeline(analog, passes[split:], context)
     lap("passes")

@@ -183,6 +183,7 @@ def _rewrite(program: Program, node: Node, options: Options) -> float:
     before = node.args[0]
     assert isinstance(before, Node)
     fit = _fit(node, options)
+    before.meta.pop(STATS, None)  # used; in a large network the samples take gigabytes
     users = list(node.users)
     name = str(before.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
     with building(program.graph, before=node, stands_for=[before, node], by=ConvertFfn.name) as call:

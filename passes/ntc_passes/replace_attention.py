@@ -204,6 +204,9 @@ def _rewrite(program: Program, node: Node, site: _Site) -> float:
         dtype = site.thresholds[0].dtype
         stored = call(program.add_tensor(f"{prefix}.ssa.gain", gain.to(dtype)))
         scaled = call(aten.mul.Tensor, result, stored, name=f"{node.name}_gained")
+    for argument in node.args[:3]:
+        assert isinstance(argument, Node)
+        argument.meta.pop(STATS, None)  # used; in a large network the samples take gigabytes
     node.replace_all_uses_with(scaled)
     program.graph.erase_node(node)
     return float((gain * site.cross).sum() / max(site.error, 1e-30))
