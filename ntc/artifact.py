@@ -297,10 +297,12 @@ def _target_from_text(text: str) -> Callable[..., Any]:
     if text in _OPERATORS:
         return _OPERATORS[text]
     parts = text.split(".")
-    if len(parts) != 3 or parts[0] not in ("aten", "ntc"):
-        raise ValueError(f"unknown op {text}")
-    overload: Callable[..., Any] = getattr(getattr(getattr(torch.ops, parts[0]), parts[1]), parts[2])
-    return overload
+    found: Any = None
+    if len(parts) == 3 and parts[0] in ("aten", "ntc"):
+        found = getattr(getattr(getattr(torch.ops, parts[0]), parts[1], None), parts[2], None)
+    if isinstance(found, torch._ops.OpOverload):  # getattr finds methods of torch's own objects too
+        return found
+    raise ValueError(f"unknown op {text}")
 
 
 def _decode(value: Any, nodes: Mapping[str, Node]) -> Any:

@@ -217,6 +217,13 @@ class Inline(nn.Module):
         def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
             return Inline.Core.forward(None, q, k, v)  # type: ignore[arg-type]
 
+    class Bare(Block):
+        """The same with queries that no layer projects: the layers before them are those of another block."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Identity()
+
     def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -235,13 +242,14 @@ def neurtransformer(model: nn.Module) -> tuple[Program, Program]:
     return run_pipeline(analog, passes, CONTEXT), analog
 
 
-@pytest.mark.parametrize("block", [Inline.Block, Inline.Flat])
+@pytest.mark.parametrize("block", [Inline.Block, Inline.Flat, Inline.Bare])
 def test_projections_are_found_in_the_graph_and_not_by_module_names(block: type[nn.Module]) -> None:
     found = measure_energy(*neurtransformer(Inline(block)), TOKENS)
-    expected = {f"h_{b}_{r}" for b in range(2) for r in ("q", "k", "v", "out")}
+    layers = ("k", "v", "out") if block is Inline.Bare else ("q", "k", "v", "out")
+    expected = {f"h_{b}_{r}" for b in range(2) for r in layers}
     assert found.ann.attention_projections == found.snn.attention_projections == expected
     attention = found.attention()
-    assert attention["with_projections"]["asa_pj"] - attention["asa_pj"] == pytest.approx(4.6 * 8 * C * C)
+    assert attention["with_projections"]["asa_pj"] - attention["asa_pj"] == pytest.approx(4.6 * len(expected) * C * C)
 
 
 @pytest.mark.parametrize("output", ["current", "spikes"])
