@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import gc
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
