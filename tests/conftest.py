@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
 
 import numpy as np
 import pytest
 import torch
-
-GOLDEN = Path(__file__).parent / "golden"
+from golden_texts import GOLDEN, compare_golden
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,20 +27,6 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-def compare_golden(path: Path, text: str, update: bool = False) -> None:
-    """Fail with a diff if ``text`` is not what the file holds."""
-    if update:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return
-    if not path.is_file():
-        pytest.fail(f"there is no {path}; run pytest --update-golden and read what it wrote", pytrace=False)
-    expected = path.read_text(encoding="utf-8")
-    if text != expected:
-        diff = difflib.unified_diff(expected.splitlines(), text.splitlines(), str(path.name), "now", lineterm="", n=1)
-        pytest.fail("\n".join(["the text differs from the golden one (pytest --update-golden accepts it):", *diff]), pytrace=False)
 
 
 @pytest.fixture

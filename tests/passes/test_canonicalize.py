@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import compare_golden
+from golden_texts import compare_golden
 from torch import nn
 from torch.nn import functional
 
