@@ -169,21 +169,15 @@ def main(model: Path = HERE / "gpt2-books", text: Path = HERE / "data" / "books-
     plain = recipe("neurtransformer")
     variants = {"neurtransformer": plain}
     for how in ("mean", "max"):
-        step = Step(ShareThresholds.name, {"shared_threshold": how})
+        step = Step(ShareThresholds, {"shared_threshold": how})  # the class: an installed pass is named by its name
         variants[f"with share-thresholds, {how}"] = plain.insert_after("convert-ffn", step)
 
-    def find(name: str) -> type[Pass]:  # installed passes are found by name; this one is not installed
-        return ShareThresholds if name == ShareThresholds.name else find_pass(name)
-
-    def passes(variant: Recipe) -> list[Pass]:
-        return variant.build(Settings({"steps": steps}), find)
-
-    # The variants differ from the fifth pass on: what comes before runs once. Whoever has one variant runs all passes at once.
-    shared = 4
-    prepared = ntc.run_pipeline(program, passes(plain)[:shared], Context(calibration))
+    # The variants differ behind convert-ffn: what comes before runs once. With one variant, ntc.compile(model, recipe=variant).
+    first = plain.until("convert-ffn").build(Settings({"steps": steps}), find_pass)
+    prepared = ntc.run_pipeline(program, first, Context(calibration))
     print(f"{'T = ' + str(steps) + ', ' + measured_on.description:<58} perplexity  events/value  attention output")
     for label, variant in variants.items():
-        compiled = ntc.run_pipeline(prepared, passes(variant)[shared:])
+        compiled = ntc.run_pipeline(prepared, variant.after("convert-ffn").build(Settings(), find_pass))
         quality = ntc.evaluate(compiled, program, measured_on)
         outputs = [p.events_per_value for p in quality.populations if p.role == "ssa"]
         print(f"{label:<58} {quality.perplexity:10.2f}  {quality.events_per_value:12.3f}  {sum(outputs) / len(outputs):16.3f}")

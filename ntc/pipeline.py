@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -60,6 +61,14 @@ class Calibration:
     batches: tuple[Tensor, ...]
     description: str
     sha256: str
+
+    @classmethod
+    def of(cls, *batches: Tensor, description: str = "token ids given") -> Calibration:
+        """Token ids ``[B, L]`` as calibration data."""
+        digest = hashlib.sha256()
+        for ids in batches:
+            digest.update(ids.cpu().numpy().astype("<i8").tobytes())
+        return cls(batches, description, digest.hexdigest())
 
     @property
     def tokens(self) -> int:

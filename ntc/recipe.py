@@ -17,10 +17,20 @@ __all__ = ["Recipe", "Settings", "Step", "load_settings"]
 
 @dataclass(frozen=True)
 class Step:
-    """One pass of a recipe and the options that differ from its defaults."""
+    """One pass of a recipe and the options that differ from its defaults.
 
-    name: str
+    Attributes:
+        which: Registry name of the pass, or its class: a pass of your own needs no registration to be tried.
+        options: Options that differ from its defaults.
+    """
+
+    which: str | type[Pass]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Registry name of the pass."""
+        return self.which if isinstance(self.which, str) else self.which.name
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,14 @@ class Recipe:
         at = self._index(name) + 1
         return replace(self, steps=(*self.steps[:at], step, *self.steps[at:]))
 
+    def until(self, name: str) -> Recipe:
+        """The recipe up to the named pass, that one included."""
+        return replace(self, steps=self.steps[: self._index(name) + 1])
+
+    def after(self, name: str) -> Recipe:
+        """What follows the named pass: run it on a program that is so far, to compare variants of the rest."""
+        return replace(self, steps=self.steps[self._index(name) + 1 :])
+
     def without(self, name: str) -> Recipe:
         """The recipe without the named pass."""
         at = self._index(name)
@@ -72,7 +90,7 @@ class Recipe:
         Raises:
             ConfigError: For an unknown pass, a setting that no pass of the recipe has, or a value that a pass does not take.
         """
-        classes = [(step, find(step.name)) for step in self.steps]
+        classes = [(step, find(step.which) if isinstance(step.which, str) else step.which) for step in self.steps]
         known = sorted({option for _, cls in classes for option in cls.option_names()})
         for key in [*settings.options, *(k for o in settings.overrides for k in o.options)]:
             if key not in known:

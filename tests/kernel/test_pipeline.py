@@ -16,9 +16,10 @@ from torch.fx import Node
 from ntc.errors import ConfigError, PassError, VerifyError
 from ntc.meta import NEURON, NeuronSpec, building
 from ntc.ops import aten
-from ntc.pipeline import Calibration, Context, Override, Pass, PassResult, exact_limit, run_pipeline
+from ntc.pipeline import Calibration, Context, Override, Pass, PassResult, exact_limit, rounding_sensitivity, run_pipeline
 from ntc.program import Program
 from ntc.testing import check_pass
+from ntc.verify import max_difference
 
 
 def edit(
@@ -304,6 +305,23 @@ def test_the_log_has_one_line_per_pass_and_the_misses_at_debug(program: Program,
 
 def test_calibration_counts_its_tokens() -> None:
     assert Calibration((torch.zeros(2, 3), torch.zeros(1, 3)), "x", "").tokens == 9
+
+
+def test_calibration_data_is_known_by_its_hash() -> None:
+    ids = torch.arange(6).reshape(2, 3)
+    assert Calibration.of(ids).sha256 == Calibration.of(ids.clone()).sha256
+    assert Calibration.of(ids).sha256 != Calibration.of(ids + 1).sha256
+
+
+def test_rounding_moves_the_logits_a_little_and_a_wrong_weight_far_more(program: Program) -> None:
+    sensitivity = rounding_sensitivity(program)
+    assert 0 < sensitivity < 1e-5
+    wrong = program.copy()
+    weight = next(n for n in wrong.graph.nodes if n.op == "call_function" and n.target is aten.linear.default).args[1]
+    name = wrong.add_tensor("wrong", wrong.tensor(weight).detach() * 1.01)
+    weight.target = name
+    wrong.refresh()
+    assert max_difference(program, wrong)[0] > 10 * sensitivity
 
 
 def test_the_limit_of_exactness_follows_the_logits() -> None:

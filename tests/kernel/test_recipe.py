@@ -132,3 +132,20 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is no TOML"):
         load_settings(binary)
+
+
+def test_a_step_takes_a_pass_class_that_nobody_has_registered() -> None:
+    own = pass_of("own", Fast)
+    recipe = RECIPE.insert_after("slow", Step(own, {"steps": 5}))
+    assert [s.name for s in recipe.steps] == ["slow", "own", "fast"]
+    built = recipe.build(Settings(), PASSES.__getitem__)
+    assert type(built[1]) is own
+    assert built[1].options == Fast(5)
+
+
+def test_a_recipe_is_cut_in_two_at_a_pass() -> None:
+    assert [s.name for s in RECIPE.until("slow").steps] == ["slow"]
+    assert [s.name for s in RECIPE.after("slow").steps] == ["fast"]
+    assert RECIPE.after("fast").steps == ()
+    with pytest.raises(ConfigError, match="has no pass 'other'"):
+        RECIPE.until("other")
