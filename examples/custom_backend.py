@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 import ntc
-from ntc.errors import BackendError, where
+from ntc.errors import BackendError
+from ntc.meta import where
 from ntc.ops import spec_of
 from ntc.program import Program
 

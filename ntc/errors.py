@@ -1,13 +1,8 @@
-"""The errors that ntc raises on purpose, and how they name a place in a graph."""
+"""The errors that ntc raises on purpose; ``ntc.meta.where`` names the place in a graph."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch.fx import Node
-
-__all__ = ["ArtifactError", "BackendError", "CaptureError", "ConfigError", "DataError", "NtcError", "PassError", "VerifyError", "where"]
+__all__ = ["ArtifactError", "BackendError", "CaptureError", "ConfigError", "DataError", "NtcError", "PassError", "VerifyError"]
 
 
 class NtcError(Exception):
@@ -40,15 +35,3 @@ class VerifyError(NtcError):
 
 class BackendError(NtcError):
     """A program that a back end cannot express, or an artefact that disagrees with its program."""
-
-
-def where(node: Node) -> str:
-    """Name a node, its module and its line of model source, for the end of an error message.
-
-    Example: ``node %gelu (transformer.h.0.mlp.act, modeling_gpt2.py:246 in forward)``.
-    """
-    # Imported here: meta stands above errors in the layering and only formatting needs it.
-    from ntc.meta import module_of, source_of
-
-    details = [part for part in (module_of(node), source_of(node)) if part]
-    return f"node %{node.name}" + (f" ({', '.join(details)})" if details else "")

@@ -33,7 +33,7 @@ from torch.fx import Graph, Node
 
 __all__ = [
     "MADE_BY", "MODULE", "NAME", "NEURON", "ORIGIN", "SOURCE", "STATS", "TYPE", "NeuronSpec", "block_of", "building", "module_of",
-    "source_of", "stamp_captured",
+    "source_of", "stamp_captured", "where",
 ]  # fmt: skip
 
 ORIGIN = "ntc.origin"
@@ -91,6 +91,15 @@ def source_of(node: Node) -> str:
     if chosen is None:
         return ""
     return f"{chosen['path'].rsplit('/', 1)[-1]}:{chosen['line']} in {chosen['function']}"
+
+
+def where(node: Node) -> str:
+    """Name a node, its module and its line of model source, for the end of an error message.
+
+    Example: ``node %gelu (transformer.h.0.mlp.act, modeling_gpt2.py:246 in forward)``.
+    """
+    details = [part for part in (module_of(node), source_of(node)) if part]
+    return f"node %{node.name}" + (f" ({', '.join(details)})" if details else "")
 
 
 _BLOCK = re.compile(r"^(?P<block>(?:.*\.)?(?:h|layers|blocks|layer|block)\.\d+)(?:\.|$)")

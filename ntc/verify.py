@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.errors import VerifyError, where
-from ntc.meta import MADE_BY, ORIGIN, TYPE
+from ntc.errors import VerifyError
+from ntc.meta import MADE_BY, ORIGIN, TYPE, where
 from ntc.ops import OpSpec, TypeMismatch, aten, spec_of
 from ntc.ops.spec import host_rule
 from ntc.program import Program

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.errors import BackendError, where
-from ntc.meta import NEURON, TYPE, block_of, module_of, source_of
+from ntc.errors import BackendError
+from ntc.meta import NEURON, TYPE, block_of, module_of, source_of, where
 from ntc.ops import aten, spec_of, timed
 from ntc.ops.decode import decode_weights
 from ntc.program import Program

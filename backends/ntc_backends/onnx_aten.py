@@ -14,7 +14,8 @@ from onnx import helper, inliner
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ntc.errors import BackendError, where
+from ntc.errors import BackendError
+from ntc.meta import where
 from ntc.ops import aten
 from ntc_backends.onnx_writer import OPSET, Value, Writer, bound, handles, onnx_type
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.errors import BackendError, where
-from ntc.meta import TYPE
+from ntc.errors import BackendError
+from ntc.meta import TYPE, where
 from ntc.ops import spec_of
 from ntc.program import Program, interpret
 from ntc.spike_type import SpikeType

@@ -16,8 +16,8 @@ from onnx import helper
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.errors import BackendError, where
-from ntc.meta import MADE_BY, TYPE, module_of
+from ntc.errors import BackendError
+from ntc.meta import MADE_BY, TYPE, module_of, where
 from ntc.ops import spec_of
 from ntc.program import Program
 

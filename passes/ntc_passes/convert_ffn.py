@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
-from ntc.errors import PassError, where
-from ntc.meta import NEURON, STATS, NeuronSpec, block_of, building
+from ntc.errors import PassError
+from ntc.meta import NEURON, STATS, NeuronSpec, block_of, building, where
 from ntc.ops import aten
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program

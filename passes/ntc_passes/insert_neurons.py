@@ -24,8 +24,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ntc.errors import PassError, where
-from ntc.meta import NEURON, TYPE, NeuronSpec, building
+from ntc.errors import PassError
+from ntc.meta import NEURON, TYPE, NeuronSpec, building, where
 from ntc.ops import TypeMismatch, spec_of, timed
 from ntc.ops.spec import host_rule
 from ntc.pipeline import Context, Pass, PassResult

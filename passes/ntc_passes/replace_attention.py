@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.errors import PassError, where
-from ntc.meta import NEURON, STATS, NeuronSpec, block_of, building, module_of
+from ntc.errors import PassError
+from ntc.meta import NEURON, STATS, NeuronSpec, block_of, building, module_of, where
 from ntc.ops import aten, integrate_fire, position_scale, spiking_attention
 from ntc.pipeline import Calibration, Context, Pass, PassResult
 from ntc.program import Program, interpret

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 import ntc
-from ntc.errors import PassError, VerifyError, where
-from ntc.meta import MADE_BY, ORIGIN, building, module_of, source_of
+from ntc.errors import PassError, VerifyError
+from ntc.meta import MADE_BY, ORIGIN, building, module_of, source_of, where
 from ntc.ops import aten
 from ntc.pipeline import Context, Pass, PassResult, run_pipeline
 from ntc.program import Program
