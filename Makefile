@@ -14,6 +14,8 @@ STAMP := .venv/.installed
 # -qq: errors only
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 # One thread per test: the tensors are small, and sums then have one order. No test needs a network.
+# Two workers; the tests of a file stay together, because they share captured models.
+WORKERS := -n 2 --dist loadfile
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
@@ -27,7 +29,7 @@ demo: $(STAMP) ## Compile the reference GPT-2 to a spiking network and evaluate 
 	$(BIN)/ntc evaluate $(DEMO_OUT) --data $(DEMO_DATA) --against $(DEMO_MODEL)
 
 test: $(STAMP) ## Run the tests, without the slow ones
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Run ruff, mypy and import-linter, all three whatever they find
 	@failed=0; for command in "ruff check --output-format concise" mypy "lint-imports --no-logo"; do \

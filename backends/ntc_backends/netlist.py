@@ -67,7 +67,7 @@ class NetlistBackend:
         with _beside(folder / JSON_NAME) as (partial, finish):
             partial.write_bytes(text)
             finish()
-        return {
+        counts = {
             "populations": len(netlist.populations),
             "neurons": sum(p.size for p in netlist.populations),
             "projections": len(netlist.projections),
@@ -75,6 +75,11 @@ class NetlistBackend:
             "dynamic_products": len(netlist.dynamic_products),
             "host_islands": len(netlist.host),
             "host_ops": sum(len(island.ops) for island in netlist.host),
+        }
+        said = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items())
+        return {
+            "summary": f"{said}; structure checked, not run",
+            **counts,
             "bytes": {JSON_NAME: len(text), BLOB_NAME: blob.bytes},
             "sha256": {JSON_NAME: hashlib.sha256(text).hexdigest(), BLOB_NAME: blob.sha256},
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ntc.program import Program, interpret
 from ntc.spike_type import SpikeType
 from ntc_backends.onnx_writer import EXTERNAL_BYTES
 
-__all__ = ["Tolerance", "check", "compare"]
+__all__ = ["Tolerance", "check", "compare", "verdict"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,17 @@ def check(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance | N
             "on equal input: this network makes large differences of single flipped spikes", 100 * report["top1_agreement"],
         )  # fmt: skip
     return report
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """What ``check`` found and the limits that it held it to, for people."""
+    held, limits = report["held"], report["tolerance"]
+    return (
+        f"checker {report['checker']}; in ONNX Runtime the same top token at {report['top1_agreement']:.2%} of {report['tokens']:,} "
+        f"positions, max |delta logit| {report['max_abs_logit_difference']:.2g} (largest logit {report['max_abs_logit']:.3g}); given equal "
+        f"spikes {held['spike_mismatches']:,} of {held['spikes']:,} spikes differ (limit {limits['spikes']:.2%} of a population) and max "
+        f"|delta logit| is {held['max_abs_logit_difference']:.2g} (limit {limits['logits'] * (1 + report['max_abs_logit']):.2g})"
+    )
 
 
 def _session(model: Path | bytes) -> Any:

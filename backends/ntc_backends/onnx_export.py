@@ -32,7 +32,7 @@ from torch import Tensor
 from ntc.errors import BackendError
 from ntc.program import Program
 from ntc_backends.onnx_aten import by_torch
-from ntc_backends.onnx_check import Tolerance, check
+from ntc_backends.onnx_check import Tolerance, check, verdict
 from ntc_backends.onnx_writer import DATA, EXTERNAL_BYTES, MODEL, OPSET, Writer, save
 
 __all__ = ["OnnxBackend", "build"]
@@ -76,7 +76,7 @@ class OnnxBackend:
             ids = program.example if tokens is None else torch.as_tensor(tokens)
             report = check(work / MODEL, program, ids, self.tolerance)
             report |= {
-                "opset": OPSET, "functions": functions,
+                "summary": verdict(report), "opset": OPSET, "functions": functions,
                 "files": {p.name: p.stat().st_size for p in sorted(work.iterdir()) if p.name in (MODEL, DATA)},
             }  # fmt: skip
             if external:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ntc.cli.options import Recipe, SetOptions, SettingsFile, Steps, settings_from
 from ntc.cli.output import JsonFlag, Output, Report, VerboseFlag, count, data_size, duration, names, session, table
-from ntc.cli.tables import by_role, heading, show_attention, show_neurons, show_quality
+from ntc.cli.tables import by_role, heading, show_attention, show_neurons, show_quality, show_targets
 
 if TYPE_CHECKING:
     from ntc.compiler import Compilation
@@ -192,6 +192,7 @@ def _show(console: Console, data: dict[str, Any]) -> None:
             f"per token, {energy['constants']}, {energy['data']}, {count(energy['tokens'])} tokens{uncounted}",
         )  # fmt: skip
         console.print(Text(energy["scope"], "dim"))
+    show_targets(console, data["targets"])
     _show_files(console, data)
     _show_end(console, data)
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ntc.cli.energy_command import tokens_for
 from ntc.cli.output import JsonFlag, VerboseFlag, data_size, duration, names, session, table
+from ntc.cli.tables import show_targets
 
 __all__ = ["add_to"]
 
@@ -62,3 +63,4 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         rows.add_row(f["name"], data_size(f["bytes"]))
     console.print(Text(f"Exported to {result['folder']} in {duration(result['seconds'])}"))
     console.print(rows)
+    show_targets(console, result["targets"])

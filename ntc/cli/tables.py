@@ -74,6 +74,15 @@ def show_quality(console: Console, quality: Mapping[str, Any], remark: str) -> N
     console.print(rows)
 
 
+def show_targets(console: Console, targets: Mapping[str, Mapping[str, Any]]) -> None:
+    """What each back end says of its artefact in one sentence."""
+    said = {name: found["summary"] for name, found in targets.items() if "summary" in found}
+    if said:
+        heading(console, "Artefacts")
+        for name, sentence in said.items():
+            console.print(Text(name, "bold").append(f"  {sentence}", "not bold"))
+
+
 def unit_for(largest: float) -> tuple[str, float]:
     """A unit of energy in which a number of picojoules reads well, and its size."""
     return next(((u, s) for u, s in (("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3)) if largest >= s), ("pJ", 1.0))
