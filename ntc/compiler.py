@@ -138,6 +138,8 @@ def compile_model(
     split = next((i + 1 for i, p in enumerate(passes) if p.name == "canonicalize"), 0)
     analog = run_pipeline(program, passes[:split], context)
     _check_overrides(analog, settings)
+    if isinstance(model, str | Path):
+        _let_go_of_the_file(program, analog)
     del program  # its weights in the model's own layout are not needed any more
     gc.collect()  # torch.export leaves cycles that hold all of them
     lap("canonicalize")
@@ -150,6 +152,18 @@ def _calibration_text(model: nn.Module | str | Path, given: Path | str | Calibra
     if isinstance(given, Path | str):
         return Path(given)
     return default_calibration(model) if given is None and isinstance(model, str | Path) else None
+
+
+def _let_go_of_the_file(loaded: Program, canonical: Program) -> None:
+    """Copy what the canonical program still shares with the loaded one, so that the weight file leaves the memory.
+
+    Weights are mapped from their file, and the few that canonicalize keeps as they are (embeddings, norms) would hold the whole
+    mapping.
+    """
+    mapped = {t.data_ptr() for t in loaded.tensors.values()}
+    for tensor in canonical.tensors.values():
+        if tensor.data_ptr() in mapped:
+            tensor.data = tensor.data.clone()
 
 
 def _calibration(
