@@ -12,6 +12,13 @@ import numpy as np
 import pytest
 import torch
 from golden_texts import GOLDEN, compare_golden
+from hypothesis import settings
+
+# Elsewhere every run tries new cases; CI tries the same ones each time, so that a red run is the change's own doing.
+# No deadline: these machines are shared, and a slow case is not a wrong one.
+settings.register_profile("here", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

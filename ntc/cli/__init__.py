@@ -25,4 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = 130
     if arguments is None:  # all is done and shown: Ctrl-C while Python winds down has nothing to stop
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A Ctrl-C that met Python inside an exec() (dataclasses make their methods so) is remembered by the interpreter, which would
+        # end the process by that signal and not with our exit code. The next exec() clears that mark.
+        exec("")
     raise SystemExit(code)

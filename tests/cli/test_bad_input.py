@@ -451,6 +451,15 @@ sys.meta_path.insert(0, Hook())
     return folder
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_while_folders_are_swapped(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C between the two renames waits until both are done."""
     from ntc import folders
@@ -472,6 +481,7 @@ def test_interrupt_while_folders_are_swapped(copied: Path, tmp_path: Path, monke
     nothing_left(tmp_path, copied.name)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_second_interrupt_does_not_disturb_the_clean_up(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ntc import folders
 

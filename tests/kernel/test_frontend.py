@@ -164,7 +164,7 @@ def test_missing_folder(tmp_path) -> None:
 
 
 def test_unknown_hub_id() -> None:
-    refused("could not find on disk or on the hub", "nobody-at-all/nothing")
+    refused("there is no folder nobody-at-all/nothing, and the hub", "nobody-at-all/nothing")
 
 
 def test_folder_without_config(tmp_path) -> None:

@@ -128,8 +128,9 @@ def test_options_are_checked(options: dict[str, object], message: str) -> None:
         Calibrate.configure(options)
 
 
+# Without subnormal numbers: torch flushes them to zero, numpy does not.
 samples = st.integers(1, 40).flatmap(
-    lambda n: st.lists(st.lists(st.floats(-50, 50, width=32), min_size=n, max_size=n), min_size=1, max_size=4)
+    lambda n: st.lists(st.lists(st.floats(-50, 50, width=32, allow_subnormal=False), min_size=n, max_size=n), min_size=1, max_size=4)
 )
 
 
