@@ -48,6 +48,21 @@ def pass_by_pass(analog: Program, context: Context, tokens: Tokens, steps: int) 
         print(row(f"{title} (T = {steps})", evaluate(alone, analog, tokens)), flush=True)
 
 
+def attention_variants(analog: Program, context: Context, tokens: Tokens, steps: int) -> None:
+    print(f"\n## Attention alone, its options, T = {steps}\n\n{HEAD}", flush=True)
+    chosen = recipe("neurtransformer").without("convert-ffn")
+    for label, options in (
+        ("binary Q, K; ternary V; output neuron (default)", {}),
+        ("no output neuron", {"output": "current"}),
+        ("binary V", {"signed_value": False}),
+        ("thresholds at the 75th percentile", {"percentile": 75.0}),
+        ("thresholds at the 99th percentile", {"percentile": 99.0}),
+        ("twice the steps", {"steps": 2 * steps}),
+    ):
+        program = run_pipeline(analog, chosen.build(Settings({"steps": steps, **options}), find_pass)[1:], context)
+        print(row(label, evaluate(program, analog, tokens)), flush=True)
+
+
 def ffn_curve(analog: Program, context: Context, tokens: Tokens, treatment: str) -> None:
     print(f"\n## FFN conversion alone, activation = {treatment}\n\n{HEAD}", flush=True)
     chosen, settings = recipe("ffn-only"), {"activation": treatment}
@@ -63,16 +78,19 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--max-tokens", type=int, default=16384)
-    parser.add_argument("--steps", type=int, nargs="+", default=[4])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--only", choices=("passes", "attention", "ffn"), help="one of the tables")
     args = parser.parse_args()
     compiled = compile_model(args.model)
     window = min(256, compiled.analog.info.context or 256)
     tokens = tokens_from(args.data, compiled.tokenizer, window, args.max_tokens)
     context = Context(compiled.calibration)
     print(f"{args.model} on {tokens.description}; calibrated on {compiled.calibration.description}")
-    for steps in args.steps:
-        pass_by_pass(compiled.analog, context, tokens, steps)
-    for treatment in ("fit", "relu"):
+    if args.only in (None, "passes"):
+        pass_by_pass(compiled.analog, context, tokens, args.steps)
+    if args.only in (None, "attention"):
+        attention_variants(compiled.analog, context, tokens, args.steps)
+    for treatment in ("fit", "relu") if args.only in (None, "ffn") else ():
         ffn_curve(compiled.analog, context, tokens, treatment)
 
 
