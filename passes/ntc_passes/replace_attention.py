@@ -47,7 +47,7 @@ class Options:
         percentile: Percentile of the activations that becomes the threshold of Q, K and V.
         signed_value: Ternary spikes for V (values of either sign), else binary.
         output: ``spikes``: an output neuron, so that the output projection is driven by spikes; ``current``: the counts
-            are decoded and projected as an analog value. On the reference GPT-2 at T = 4 the two differ by 0.4 % in
+            are decoded and projected as an analog value. On the reference GPT-2 at T = 4 the two differ by 0.5 % in
             perplexity before fine-tuning.
         output_percentile: Threshold of the output neuron.
     """
