@@ -145,6 +145,9 @@ def compile_model(
     lap("canonicalize")
     compiled = run_pipeline(analog, passes[split:], context)
     lap("passes")
+    for override in settings.overrides:
+        if override.module not in context.used:
+            warnings.append(f"the override for {override.module} changed nothing: no pass sets an option at those modules")
     return Compilation(compiled, analog, chosen, settings, data, tokenizer, seconds, tuple(warnings))
 
 

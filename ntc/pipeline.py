@@ -96,11 +96,13 @@ class Context:
         calibration: Calibration data, if there is any.
         overrides: Options per module; later ones win.
         progress: Called with (label, done, total) by passes that take long.
+        used: Globs of the overrides that have set an option of some node so far.
     """
 
     calibration: Calibration | None = None
     overrides: tuple[Override, ...] = ()
     progress: Callable[[str, int, int], None] = _no_progress
+    used: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ class Pass(ABC):
         for override in context.overrides:
             if fnmatchcase(module_of(node), override.module):
                 values = {k: v for k, v in override.options.items() if k in known}
+                if values:
+                    context.used.add(override.module)
                 try:
                     options = dataclasses.replace(options, **values)
                 except (TypeError, ValueError) as error:

@@ -7,13 +7,13 @@ ATen ops of the dialect share the table in ``aten.py``. Adding a neuron model is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.spike_type import ANALOG, INDEX, Analog, CurrentType, Index, NodeType, RateType, SpikeType
+from ntc.spike_type import ANALOG, INDEX, Analog, CurrentType, NodeType, RateType, SpikeType
 
 __all__ = [
     "SPECS", "Counts", "Element", "OpSpec", "Operand", "TypeMismatch", "host_rule", "register", "spec_of", "timed",
@@ -100,7 +100,8 @@ class OpSpec:
             more than numbers of non-zero elements.
         element: What the node is in a netlist.
         kind: Where its energy is booked (``attention``, ``projection``, ``norm``, ...).
-        onnx: For ops of ours: the body as an ONNX function in the text syntax of ``onnx.parser``.
+        onnx: For ops of ours: the body as an ONNX function in the text syntax of ``onnx.parser``; one after the other if the op
+            has variants, told apart by their ``overload``.
     """
 
     target: Any
@@ -110,7 +111,6 @@ class OpSpec:
     element: Element = "host"
     kind: str = "elementwise"
     onnx: str | None = None
-    note: str = field(default="", compare=False)
 
 
 SPECS: dict[Any, OpSpec] = {}
@@ -146,8 +146,3 @@ def host_rule(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     if value is None and any(isinstance(type_of(a), Analog) for a in node.all_input_nodes):
         return ANALOG
     return INDEX
-
-
-def is_index(value: NodeType) -> bool:
-    """Whether a value is exact integers."""
-    return isinstance(value, Index)

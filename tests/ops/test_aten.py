@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from op_cases import CURRENT, GRADED, RATE, SPIKES, TERNARY, Constant, counts, infer, node_of, operand
 
 from ntc.ops import SPECS, Counts, OpSpec, TypeMismatch, aten, register
-from ntc.ops.spec import host_rule, is_index, timed
+from ntc.ops.spec import host_rule, timed
 from ntc.spike_type import ANALOG, INDEX, CurrentType, SpikeType
 
 LINEAR, MUL = aten.linear.default, aten.mul.Tensor
@@ -80,7 +80,6 @@ def test_a_train_times_itself_is_no_scaling():
 
 def test_which_types_have_time_steps():
     assert [timed(t) for t in (SPIKES, CURRENT, RATE, ANALOG, INDEX)] == [True, True, False, False, False]
-    assert [is_index(t) for t in (SPIKES, CURRENT, RATE, ANALOG, INDEX)] == [False] * 4 + [True]
 
 
 def test_an_op_is_registered_once():
