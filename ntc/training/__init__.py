@@ -1,0 +1,1 @@
+"""Fine-tuning of spiking programs: data, losses, the loop, its curve."""
