@@ -12,10 +12,15 @@ Both are the same sum in another order. With binary or ternary Q, K, V every ter
 exact, and equal to the last bit, while ``|Y| <= L D < 2**24`` (and as long as nobody lowers torch's float32 matmul
 precision). The normaliser is a separate op (``position_scale``).
 
-For long texts the parallel kernel takes ``CHUNK`` tokens at a time and carries M from chunk to chunk: the same integers
-again, with memory and work linear in L. The gradients are three more products of the same kind:
+With a leak lambda in (0, 1], per head or per key channel, the memory forgets from token to token (retention: Sun et al. 2023,
+arXiv 2307.08621; gated linear attention: Yang et al. 2023, arXiv 2312.06635):
 
-    dL/dQ_i = sum_{j <= i} (G_i . V_j) K_j,    dL/dK_j = sum_{i >= j} (V_j . G_i) Q_i,    dL/dV_j = sum_{i >= j} (K_j . Q_i) G_i
+    M_i = diag(lambda) M_{i-1} + K_i (x) V_i,        Y_i = sum_{j <= i} sum_d Q_id lambda_d^(i-j) K_jd V_j
+
+The two forms then agree to rounding.
+
+For long texts the parallel kernel takes some tokens at a time and carries M from chunk to chunk, with memory and work linear in
+L: see ``causal_product``, which also has the gradients.
 
 The kernel takes any leading axes: spikes ``[T, B, L, C]``, or firing rates ``[B, L, C]`` (then the products are those of
 the mean rates, which the T-step form does not tend to: spikes of the same step meet each other).
@@ -31,21 +36,51 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.ops.attention import ONNX_MERGE, ONNX_SPLIT, merge_heads, split_heads
+from ntc.ops.causal_product import Decay, causal_product, causal_product_gradients, decay_of
+from ntc.ops.if_neuron import check_constant
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType
 
-__all__ = ["CHUNK", "SPIKING_ATTENTION", "SPIKING_ATTENTION_STREAM", "spiking_attention", "spiking_attention_stream"]
+__all__ = [
+    "CHUNK", "HEAD_LEAK_CHUNK", "CHANNEL_LEAK_CHUNK", "SPIKING_ATTENTION", "SPIKING_ATTENTION_STREAM", "spiking_attention",
+    "spiking_attention_stream",
+]  # fmt: skip
 
 CHUNK = 256
 """Tokens whose scores the parallel kernel holds at once."""
+
+HEAD_LEAK_CHUNK = 64
+"""The same with one leak per head."""
+
+CHANNEL_LEAK_CHUNK = 16
+"""The same with one leak per key channel: at most 16, because powers of the leak have to fit into float32."""
 
 
 def _grouped(x: Tensor, heads: int, kv_heads: int) -> Tensor:
     return split_heads(x, kv_heads).repeat_interleave(heads // kv_heads, dim=-3)
 
 
+def _check_leak(leak: Tensor | None, key: Tensor, kv_heads: int) -> None:
+    """Refuse a leak that is not one number, one per key head or one per key channel. Looks at sizes only."""
+    if leak is not None and (leak.dim() != 1 or all(leak.shape[0] != n for n in (1, kv_heads, key.shape[-1]))):
+        raise ValueError(
+            f"the leak of spiking attention has shape [1], [{kv_heads}] (one number per key head) or [{key.shape[-1]}] (one per key "
+            f"channel), and not {list(leak.shape)}"
+        )
+
+
+def _tables(leak: Tensor | None, query: Tensor, heads: int, kv_heads: int) -> tuple[int, Decay | None]:
+    """The chunk and its powers of lambda."""
+    if leak is None:
+        return CHUNK, None
+    chunk = min(HEAD_LEAK_CHUNK if leak.shape[0] in (1, kv_heads) else CHANNEL_LEAK_CHUNK, max(query.shape[-2], 1))
+    return chunk, decay_of(leak, heads, kv_heads, chunk, torch.promote_types(query.dtype, torch.float32))
+
+
 @torch.library.custom_op("ntc::spiking_attention", mutates_args=())
-def spiking_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int) -> Tensor:
+def spiking_attention(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int, leak: Tensor | None = None
+) -> Tensor:
     """Causal SSA, parallel form (see the module's docstring).
 
     Args:
@@ -54,45 +89,55 @@ def spiking_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_
         value: Spikes ``[T, B, L, Hk Dv]``.
         heads: H.
         kv_heads: Hk; divides H.
+        leak: lambda in (0, 1], what is left of the memory after a token, ``[1]``, ``[Hk]`` or ``[Hk D]``; None = everything.
 
     Returns:
-        Spike counts ``[T, B, L, H Dv]``: integers for spikes.
+        Spike counts ``[T, B, L, H Dv]``: integers for spikes without a leak.
+
+    Raises:
+        ValueError: If the leak has another shape.
     """
-    q, k, v = split_heads(query, heads), _grouped(key, heads, kv_heads), _grouped(value, heads, kv_heads)
-    rows: list[Tensor] = []
-    memory: Tensor | None = None
-    for start in range(0, max(q.shape[-2], 1), CHUNK):
-        q_part, k_part, v_part = (x[..., start : start + CHUNK, :] for x in (q, k, v))
-        y = (q_part @ k_part.transpose(-2, -1)).tril() @ v_part
-        rows.append(y if memory is None else y + q_part @ memory)
-        if start + CHUNK < q.shape[-2]:
-            written = k_part.transpose(-2, -1) @ v_part
-            memory = written if memory is None else memory + written
-    return merge_heads(torch.cat(rows, dim=-2)).contiguous()
+    _check_leak(leak, key, kv_heads)
+    return causal_product(query, key, value, heads, kv_heads, *_tables(leak, query, heads, kv_heads))
 
 
 @spiking_attention.register_fake
-def _fake(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int) -> Tensor:
+def _fake(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int, leak: Tensor | None = None) -> Tensor:
+    _check_leak(leak, key, kv_heads)
     return query.new_empty((*query.shape[:-1], value.shape[-1] // kv_heads * heads))
 
 
+@torch.library.custom_op("ntc::spiking_attention_gradients", mutates_args=())
+def _gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int, leak: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to query, key, value and leak (``[0]`` without one); an op, so that chunks are not traced one by one."""
+    tables = _tables(leak, query, heads, kv_heads)
+    *given, to_log = causal_product_gradients(grad.to(query.dtype), query, key, value, heads, kv_heads, *tables)
+    if leak is None:
+        return given[0], given[1], given[2], to_log
+    wide = to_log if leak.shape[0] == key.shape[-1] else to_log.sum(1)
+    to_leak = wide.reshape(-1).sum_to_size(leak.shape) / leak
+    return given[0], given[1], given[2], to_leak.to(leak.dtype)
+
+
+@_gradients.register_fake
+def _fake_gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int, leak: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    to_leak = query.new_empty(0) if leak is None else leak.new_empty(leak.shape)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), to_leak
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, ctx.heads, ctx.kv_heads = inputs
-    ctx.save_for_backward(query, key, value)
+    query, key, value, ctx.heads, ctx.kv_heads, leak = inputs
+    ctx.save_for_backward(query, key, value, leak)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The products of the module's docstring; a sum over later tokens is a causal one read backwards."""
-    query, key, value = ctx.saved_tensors
-    heads, kv_heads = ctx.heads, ctx.kv_heads
-
-    def backwards(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        y: Tensor = spiking_attention(a.flip(-2), b.flip(-2), c.flip(-2), heads, heads)
-        y = y.flip(-2)
-        return y.reshape(*y.shape[:-1], kv_heads, heads // kv_heads, y.shape[-1] // heads).sum(-2).flatten(-2)
-
-    k, v = (merge_heads(_grouped(x, heads, kv_heads)) for x in (key, value))
-    return spiking_attention(grad, value, key, heads, kv_heads), backwards(v, grad, query), backwards(k, query, grad), None, None
+    *given, leak = ctx.saved_tensors
+    to_query, to_key, to_value, to_leak = _gradients(grad, *given, ctx.heads, ctx.kv_heads, leak)
+    return to_query, to_key, to_value, None, None, None if leak is None else to_leak
 
 
 spiking_attention.register_autograd(_backward, setup_context=_setup)
@@ -100,7 +145,7 @@ spiking_attention.register_autograd(_backward, setup_context=_setup)
 
 @torch.library.custom_op("ntc::spiking_attention_stream", mutates_args=())
 def spiking_attention_stream(
-    query: Tensor, key: Tensor, value: Tensor, state: Tensor, heads: int, kv_heads: int
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, heads: int, kv_heads: int, leak: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Causal SSA, streaming form: the tokens given are the next ones of the sequence.
 
@@ -111,14 +156,22 @@ def spiking_attention_stream(
         state: M after the tokens so far, ``[T, B, Hk, D, Dv]``; zeros at the start.
         heads: H.
         kv_heads: Hk.
+        leak: As of the parallel form.
 
     Returns:
         Counts ``[T, B, L, H Dv]`` and the new state. Cost per token does not depend on the length so far.
+
+    Raises:
+        ValueError: If the leak has another shape.
     """
+    _check_leak(leak, key, kv_heads)
+    keep = None if leak is None else leak.reshape(1 if leak.shape[0] == 1 else kv_heads, -1, 1).to(state.dtype)
     q = split_heads(query, heads)
     k, v = split_heads(key, kv_heads), split_heads(value, kv_heads)
     memory, rows = state.clone(), []
     for i in range(query.shape[-2]):
+        if keep is not None:
+            memory = memory * keep
         memory = memory + k[..., i, :].unsqueeze(-1) * v[..., i, :].unsqueeze(-2)
         spread = memory.repeat_interleave(heads // kv_heads, dim=-3)
         rows.append((q[..., i, :].unsqueeze(-2) @ spread).squeeze(-2))
@@ -127,12 +180,26 @@ def spiking_attention_stream(
 
 @spiking_attention_stream.register_fake
 def _fake_stream(
-    query: Tensor, key: Tensor, value: Tensor, state: Tensor, heads: int, kv_heads: int
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, heads: int, kv_heads: int, leak: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    _check_leak(leak, key, kv_heads)
     return query.new_empty((*query.shape[:-1], value.shape[-1] // kv_heads * heads)), state.new_empty(state.shape)
 
 
+def _check_leak_value(node: Node, type_of: Callable[[Node], NodeType], position: int) -> None:
+    """Refuse a leak that is no analog value, or a constant out of (0, 1]."""
+    leak = node.args[position] if len(node.args) > position else node.kwargs.get("leak")
+    if isinstance(leak, Node) and not isinstance(type_of(leak), Analog):
+        raise TypeMismatch(f"the leak of spiking attention is an analog value, and %{leak.name} is {type_of(leak)}", leak)
+    check_constant(node, leak, lambda x: (x > 0) & (x <= 1), "a leak is what is left after a token and lies in (0, 1]")
+
+
 def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    _check_leak_value(node, type_of, 5)
+    return _products(node, type_of)
+
+
+def _products(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     arguments = [a for a in node.args[:3] if isinstance(a, Node)]
     given = [type_of(a) for a in arguments]
     if all(isinstance(t, RateType) for t in given):
@@ -210,7 +277,8 @@ SPIKING_ATTENTION = register(
 
 def _infer_stream(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     """The type that both results have: ``Y`` and ``M`` are integers per time step. M may enter as a plain tensor of zeros."""
-    result, state = _infer(node, type_of), node.args[3]
+    _check_leak_value(node, type_of, 6)
+    result, state = _products(node, type_of), node.args[3]
     assert isinstance(state, Node)
     given = type_of(state)
     if given != result and not isinstance(given, Analog):

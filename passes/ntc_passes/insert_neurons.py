@@ -8,7 +8,7 @@ Before::
 
 After::
 
-    %s = ntc.integrate_fire(%h, threshold, 4, ...)      # spikes T=4
+    %s = ntc.integrate_fire(%h, threshold, v0, 4, ...)  # spikes T=4
     %i = linear(%s, weight, bias)                       # synaptic current T=4
     %y = ntc.decode(%i, 'rate')                         # mean over the steps
     %z = add(%x, %y)
@@ -16,12 +16,14 @@ After::
 Every annotated rate node is replaced. The time axis goes on through every op whose type rule takes it (linear layers
 driven by spikes, spiking attention, scales); where an op does not, a decode is put in front of it. A bias is a constant
 current at every step, which the mean leaves as it is. Which neuron and how many steps was decided before, by the passes
-that wrote the annotations; this one decides nothing.
+that wrote the annotations; this one decides nothing. The initial potential becomes a tensor with one number per channel, named
+after the threshold (``transformer.h.0.attn.q.threshold`` gives ``transformer.h.0.attn.q.v0``), so that it can be trained.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ntc.errors import PassError
@@ -72,22 +74,36 @@ def _insert(
     program: Program, node: Node, spec: NeuronSpec, types: dict[Node, NodeType], decoded: dict[Node, Node]
 ) -> Node:
     current, theta = node.args[0], node.args[1]
-    assert isinstance(current, Node)
+    assert isinstance(current, Node) and isinstance(theta, Node)
     given = types[current]
     is_timed = isinstance(given, CurrentType) and given.steps == spec.steps
     if timed(given) and not is_timed:  # a train of another length is read out first
         current = _decode(program, current, given, node, decoded)
         types[current] = current.meta[TYPE]
     with building(program.graph, before=node, stands_for=[node], by=InsertNeurons.name) as call:
+        start = call(program.add_tensor(f"{_prefix(theta)}.v0", _per_channel(current, theta, spec.v0)))
         spikes = call(
-            torch.ops.ntc.integrate_fire.default, current, theta, spec.steps, spec.signed, spec.v0, is_timed, "atan", 1.0,
+            torch.ops.ntc.integrate_fire.default, current, theta, start, spec.steps, spec.signed, is_timed, "atan", 1.0,
             name=node.name.removesuffix("_rate") + "_spikes",
         )  # fmt: skip
     spikes.meta[NEURON] = spec
+    start.meta[TYPE] = types[start] = ANALOG
+    program.infer(start)
     program.infer(spikes)
     node.replace_all_uses_with(spikes)
     program.graph.erase_node(node)
     return spikes
+
+
+def _prefix(theta: Node) -> str:
+    """Where the parameters of neurons belong: beside their threshold."""
+    return str(theta.target if theta.op == "get_attr" else theta.name).removesuffix(".threshold")
+
+
+def _per_channel(current: Node, theta: Node, value: float) -> Tensor:
+    """A parameter of one number for every channel, in the dtype of the threshold."""
+    like = theta.meta["val"]
+    return torch.full((int(current.meta["val"].shape[-1]),), value, dtype=like.dtype, device=like.device)
 
 
 def _type(program: Program, node: Node, types: dict[Node, NodeType], decoded: dict[Node, Node]) -> NodeType:

@@ -96,7 +96,7 @@ class _Site:
         heads, kv_heads = node.args[3], node.args[4]
         signs = (False, False, self.options.signed_value)
         trains = [
-            integrate_fire(x, theta, self.options.steps, signed, 0.5, False, "atan", 1.0)
+            integrate_fire(x, theta, theta.new_tensor([0.5]), self.options.steps, signed, False, "atan", 1.0)
             for x, theta, signed in zip((query, key, value), self.thresholds, signs, strict=True)
         ]
         current: Tensor = position_scale(spiking_attention(*trains, heads, kv_heads))
@@ -107,7 +107,8 @@ class _Site:
         if self.output_threshold is None:
             return current.mean(0)
         o = self.options
-        spikes: Tensor = integrate_fire(current, self.output_threshold, o.steps, o.signed_value, 0.5, True, "atan", 1.0)
+        half = current.new_tensor([0.5])
+        spikes: Tensor = integrate_fire(current, self.output_threshold, half, o.steps, o.signed_value, True, "atan", 1.0)
         return spikes.mean(0)
 
 

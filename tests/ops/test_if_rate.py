@@ -14,7 +14,7 @@ OP = torch.ops.ntc.if_rate.default
 @given(dyadics(-64, 64, 4), dyadics(1, 32, 4), st.integers(1, 32), st.booleans())
 def test_is_the_limit_of_the_neuron(x, theta, steps, signed):
     current, threshold = torch.tensor([[x]], dtype=torch.float64), torch.tensor(theta, dtype=torch.float64)
-    rate = integrate_fire(current, threshold, steps, signed, 0.5, False, "sigmoid", 1.0).mean(0)
+    rate = integrate_fire(current, threshold, torch.tensor([0.5]), steps, signed, False, "sigmoid", 1.0).mean(0)
     assert float((rate - if_rate(current, threshold, signed)).abs().max()) <= 1 / (2 * steps) + 1e-12
 
 
