@@ -7,6 +7,8 @@ from ntc.ops.if_neuron import integrate_fire as integrate_fire
 from ntc.ops.if_rate import if_rate as if_rate
 from ntc.ops.lif_neuron import leaky_integrate_fire as leaky_integrate_fire
 from ntc.ops.position_scale import position_scale as position_scale
+from ntc.ops.rms_scale import rms_scale as rms_scale
+from ntc.ops.row_sum_scale import row_sum_scale as row_sum_scale
 from ntc.ops.spec import SPECS as SPECS
 from ntc.ops.spec import Counts as Counts
 from ntc.ops.spec import Operand as Operand
@@ -20,5 +22,6 @@ from ntc.ops.spiking_attention import spiking_attention_stream as spiking_attent
 
 __all__ = [
     "SPECS", "Counts", "OpSpec", "Operand", "TypeMismatch", "aten", "attention", "decode", "if_rate", "integrate_fire",
-    "leaky_integrate_fire", "position_scale", "register", "spec_of", "spiking_attention", "spiking_attention_stream", "timed",
+    "leaky_integrate_fire", "position_scale", "register", "rms_scale", "row_sum_scale", "spec_of", "spiking_attention",
+    "spiking_attention_stream", "timed",
 ]  # fmt: skip
