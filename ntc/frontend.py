@@ -28,7 +28,7 @@ from ntc.program import ModelInfo, PassRecord, Program
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CAPTURE_TOLERANCE", "capture", "load_model", "load_tokenizer"]
+__all__ = ["CAPTURE_TOLERANCE", "capture", "hub_answers", "load_model", "load_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +297,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
         raise CaptureError(f"there is no folder {name}")
     if path.exists() and not (path / "config.json").is_file():
         raise CaptureError(f"{name} holds no config.json: it is not a Hugging Face model folder")
-    offline = not path.exists() and not _hub_answers(name)
+    offline = not path.exists() and not hub_answers(name)
     with _quiet(transformers):
         try:
             config = AutoConfig.from_pretrained(name, local_files_only=offline)
@@ -330,14 +330,14 @@ def load_model(source: str | Path) -> PreTrainedModel:
     return loaded
 
 
-def _hub_answers(name: str) -> bool:
+def hub_answers(name: str, repo_type: str = "model") -> bool:
     """Ask the hub once whether it is there: its own client retries for half a minute before it says that there is no network."""
     from huggingface_hub import constants, get_session, hf_hub_url
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(hf_hub_url(name, "config.json"), timeout=5)
+        get_session().head(hf_hub_url(name, "README.md", repo_type=repo_type), timeout=5)
     except Exception as error:  # noqa: BLE001 - no name, no route, a proxy that refuses: all mean that the cache is what there is
         logger.info("the hub does not answer: %s", _first_line(error))
         return False
@@ -354,7 +354,7 @@ def load_tokenizer(source: str | Path) -> Any | None:
     with _quiet(transformers):
         try:
             return transformers.AutoTokenizer.from_pretrained(
-                str(source), local_files_only=path.exists() or not _hub_answers(str(source))
+                str(source), local_files_only=path.exists() or not hub_answers(str(source))
             )
         except Exception as error:  # noqa: BLE001 - a model without a usable tokenizer still compiles
             logger.warning("no tokenizer in %s: %s", source, _first_line(error))

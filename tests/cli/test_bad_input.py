@@ -115,13 +115,13 @@ def test_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A listening port that never says a word: one question, a few seconds, no retries."""
     from huggingface_hub import constants
 
-    from ntc.frontend import _hub_answers
+    from ntc.frontend import hub_answers
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.perf_counter()
-        assert not _hub_answers("someone/model")
+        assert not hub_answers("someone/model")
         assert time.perf_counter() - started < 15
 
 
