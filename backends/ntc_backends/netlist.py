@@ -103,7 +103,7 @@ def _netlist(program: Program, lowered: Lowered, table: dict[str, schema.TensorE
     codes = sorted({given.code for n in program.graph.nodes if timed(given := n.meta.get(TYPE))})
     return schema.Netlist(
         format="ntc-netlist",
-        schema_version="1.0",
+        schema_version=schema.SCHEMA_VERSION,
         generator=schema.Generator(name="ntc", version=_version()),
         model=schema.Model(
             source=_portable(info.source), architecture=info.architecture, vocab_size=info.vocab_size, context=info.context,

@@ -147,7 +147,7 @@ class _Lowering:
         return schema.Population(
             **_place(node), model="lif" if leaky else "if", role=spec.role if spec else "",
             size=int(node.meta["val"].shape[-1]), steps=given["steps"], threshold=self.number(given["threshold"]),
-            v0=0.0 if leaky else given["v0"], tau=float(given["tau"]) if leaky else None,
+            v0=self.number(given["v0"]), tau=self.number(given["tau"]) if leaky else None,
             signed=False if leaky else given["signed"], reset="hard" if leaky and given["hard_reset"] else "soft",
             input="timed" if given["timed"] else "constant",
             inputs=schema.PopulationInput(current=self.endpoint(current)), outputs=schema.SpikesOutput(spikes=self.port(node)),
@@ -168,11 +168,16 @@ class _Lowering:
         heads, kv_heads, kind = given["heads"], given["kv_heads"], node.meta[TYPE]
         size = int(given["query"].meta["val"].shape[-1]) // heads
         value_size = int(given["value"].meta["val"].shape[-1]) // kv_heads
-        context = self.program.info.context
+        context, leak = self.program.info.context, given["leak"]
+        number = None if leak is None else self.number(leak)
+        # Of M after n tokens: at most 1 + lambda + ... + lambda**(n - 1), for the largest lambda.
+        keep = 1.0 if leak is None else float(self.program.tensor(leak).detach().max())
+        bound = float(context) if keep >= 1.0 else (1.0 - (keep**context if context else 0.0)) / (1.0 - keep)
         return schema.DynamicProduct(
-            **_place(node), rule="M += outer(K, V); Y = Q M", heads=heads, kv_heads=kv_heads, head_size=size, value_size=value_size,
+            **_place(node), rule="M += outer(K, V); Y = Q M" if leak is None else "M = leak M + outer(K, V); Y = Q M",
+            leak=number, heads=heads, kv_heads=kv_heads, head_size=size, value_size=value_size,
             steps=kind.steps, state_shape=[kind.steps, kv_heads, size, value_size],
-            max_state=context or None, max_count=context * size or None,
+            max_state=math.ceil(bound) or None, max_count=math.ceil(bound * size) or None,
             inputs=schema.ProductInputs(**{name: self.endpoint(given[name]) for name in ("query", "key", "value")}),
             outputs=schema.ProductOutput(counts=self.port(node)),
         )  # fmt: skip

@@ -55,15 +55,15 @@ def _parse(file: Path) -> schema.Netlist:
     if not isinstance(data, dict) or data.get("format") != schema.FORMAT:
         raise ArtifactError(f"{file.name} is no {schema.FORMAT} file")
     version = data.get("schema_version")
-    if version != schema.SCHEMA_VERSION:
-        known = schema.SCHEMA_VERSION
-        raise ArtifactError(f"{file.name} has schema version {version!r}, and this ntc reads {known!r}; use the ntc that wrote it")
+    if version not in schema.READABLE:
+        known = " and ".join(map(repr, schema.READABLE))
+        raise ArtifactError(f"{file.name} has schema version {version!r}, and this ntc reads {known}; use the ntc that wrote it")
     try:
         return schema.Netlist.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{file.name} does not fit schema {schema.SCHEMA_VERSION} at {place}: {first['msg']}") from error
+        raise ArtifactError(f"{file.name} does not fit schema {version} at {place}: {first['msg']}") from error
 
 
 def check_graph(netlist: schema.Netlist) -> None:
@@ -138,7 +138,9 @@ def _references(op: schema.HostOp) -> Iterator[schema.Argument]:
 def _tensors_of(element: schema.AnyElement) -> Iterator[str]:
     """Names of the tensors that an element refers to."""
     match element:
-        case schema.Population(threshold=schema.TensorRef(tensor=name)) | schema.Scale(factor=schema.TensorRef(tensor=name)):
+        case schema.Population():
+            yield from (v.tensor for v in (element.threshold, element.v0, element.tau) if isinstance(v, schema.TensorRef))
+        case schema.DynamicProduct(leak=schema.TensorRef(tensor=name)) | schema.Scale(factor=schema.TensorRef(tensor=name)):
             yield name
         case schema.Projection():
             yield element.weight
@@ -169,12 +171,19 @@ def _check_shapes(netlist: schema.Netlist) -> None:
         expect(channels(projection.inputs.pre), pre, f"the input of {projection.name}")
     for population in netlist.populations:
         expect(channels(population.inputs.current), population.size, f"the input of {population.name}")
-        if isinstance(population.threshold, schema.TensorRef):
-            expect(netlist.tensors[population.threshold.tensor].shape, [population.size], f"the threshold of {population.name}")
+        for what, value in (("threshold", population.threshold), ("v0", population.v0), ("tau", population.tau)):
+            if isinstance(value, schema.TensorRef):
+                expect(netlist.tensors[value.tensor].shape, [population.size], f"the {what} of {population.name}")
     for product in netlist.dynamic_products:
         expect(channels(product.inputs.query), product.heads * product.head_size, f"the query of {product.name}")
         expect(channels(product.inputs.key), product.kv_heads * product.head_size, f"the key of {product.name}")
         expect(channels(product.inputs.value), product.kv_heads * product.value_size, f"the value of {product.name}")
+        if isinstance(product.leak, schema.TensorRef):
+            found = netlist.tensors[product.leak.tensor].shape
+            per_row = [product.kv_heads * product.head_size]
+            expect(found, per_row if found != [product.kv_heads] else found, f"the leak of {product.name}")
+        if (product.leak is None) != (product.rule == "M += outer(K, V); Y = Q M"):
+            raise ArtifactError(f"the rule of {product.name} is {product.rule!r}, and its leak is {product.leak}")
 
 
 def to_graph(netlist: schema.Netlist) -> nx.DiGraph[str]:

@@ -1,4 +1,4 @@
-"""The netlist format, version 1.0: what ``netlist.json`` holds, field by field.
+"""The netlist format, version 1.1: what ``netlist.json`` holds, field by field.
 
 A netlist is one directed acyclic graph from the token ids to the logits. Its elements are populations (neurons), projections
 (synapses), dynamic products (spiking attention), scales, decodes and host islands (what stays analog). Every element names its
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypeAliasType
@@ -22,13 +22,17 @@ from typing_extensions import TypeAliasType
 __all__ = [
     "FORMAT", "SCHEMA_FILE", "SCHEMA_VERSION", "AnyElement", "Argument", "Blob", "Conventions", "CurrentOutput", "Decode",
     "DynamicProduct", "Element", "Endpoint", "Generator", "HostIsland", "HostOp", "Model", "Netlist", "NonFinite", "Number",
-    "PassName", "Population", "PopulationInput", "Port", "ProductInputs", "ProductOutput", "Projection", "ProjectionInput", "Scale",
-    "Sink", "Source", "SpikesOutput", "TensorEntry", "TensorRef", "Time", "TrainInput", "TrainOutput", "ValueOutput", "ValueRef",
+    "PassName", "Population", "PopulationInput", "Port", "ProductInputs", "ProductOutput", "Projection", "ProjectionInput", "READABLE",
+    "Scale", "Sink", "Source", "SpikesOutput", "TensorEntry", "TensorRef", "Time", "TrainInput", "TrainOutput", "ValueOutput", "ValueRef",
     "schema_text",
 ]  # fmt: skip
 
 FORMAT = "ntc-netlist"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION: Final = "1.1"
+"""1.1: potentials v0 and time constants tau may be tensors; dynamic products may leak."""
+
+READABLE = ("1.0", "1.1")
+"""Versions that the reader takes: each field of an older one means the same today."""
 SCHEMA_FILE = Path(__file__).with_name("netlist.schema.json")
 
 
@@ -182,8 +186,8 @@ class Population(Element):
     size: int = _field("Number of neurons for one token.", "neurons", ge=1)
     steps: int = _field("T of this population.", "steps", ge=1)
     threshold: Number = _field("Firing threshold, one number if all are equal, else one per neuron.", "membrane units")
-    v0: float = _field("Membrane potential before the first step, as a fraction of the threshold.", "thresholds")
-    tau: float | None = _field("Membrane time constant of `lif`; null for `if`.", "steps", default=None)
+    v0: Number = _field("Membrane potential before the first step, as a fraction of the threshold; as `threshold`.", "thresholds")
+    tau: Number | None = _field("Membrane time constant of `lif`, as `threshold`; null for `if`.", "steps", default=None)
     signed: bool = _field("Ternary: a spike of -1 when the membrane is below 0 before the reset.")
     reset: Literal["soft", "hard"] = _field("After a spike: `soft` subtracts threshold times spike, `hard` sets to 0.")
     input: Literal["constant", "timed"] = _field("One current per token, held for all T steps, or one current per step.")
@@ -229,14 +233,18 @@ class ProductInputs(_Part):
 class ProductOutput(_Part):
     """Output of a dynamic product."""
 
-    counts: Port = _field("Spike counts Y, integers, heads x value_size channels.", "coincidences")
+    counts: Port = _field("Spike counts Y, heads x value_size channels; integers without a leak.", "coincidences")
 
 
 class DynamicProduct(Element):
     """Causal spiking attention: plastic synapses M, per key head and step, which spikes write (Hebbian) and read."""
 
-    rule: Literal["M += outer(K, V); Y = Q M"] = _field(
-        "For each token in order, at each step: first write, then read; a step sees only the M of the same step."
+    rule: Literal["M += outer(K, V); Y = Q M", "M = leak M + outer(K, V); Y = Q M"] = _field(
+        "For each token in order, at each step: first leak and write, then read; a step sees only the M of the same step."
+    )
+    leak: Number | None = _field(
+        "What is left of M after a token, in (0, 1]: one number, or a tensor [kv_heads] (one per M) or [kv_heads D] (one per row of "
+        "M, which is a channel of K). Null: everything.", "1", default=None,
     )
     heads: int = _field("Query heads; head h reads the M of key head h * kv_heads // heads.", "heads", ge=1)
     kv_heads: int = _field("Key and value heads, each with its own M.", "heads", ge=1)
@@ -308,7 +316,7 @@ class Netlist(_Part):
     """A compiled network."""
 
     format: Literal["ntc-netlist"] = _field("Name of the format.")
-    schema_version: Literal["1.0"] = _field("Version of this schema, major.minor.")
+    schema_version: Literal["1.0", "1.1"] = _field("Version of this schema, major.minor.")
     generator: Generator = _field("The program that wrote the file.")
     model: Model = _field("The model that was compiled.")
     history: list[PassName] = _field("Compiler passes, oldest first.")

@@ -5,7 +5,7 @@ Layout of the file:
 - ATen nodes become nodes of the standard opset; every op of ours becomes one call of a *local function* (``ntc::IntegrateFire``,
   ``ntc::SpikingAttention`` ...) whose body, in standard ops, is in the file. ONNX Runtime inlines it, so no custom library is
   needed (1.28 or newer: older ones do not infer shapes through a ``Scan`` in a function); a mapping tool reads the call: its name,
-  overload (the variant: ``signed.timed``) and attributes (T, v0, ``>=``, reset).
+  overload (the variant: ``signed.timed``), inputs (current, threshold, v0) and attributes (T, ``>=``, reset).
   The bodies stand with the ops (``OpSpec.onnx``).
 - An ATen op that this writer does not know is exported alone by ``torch.onnx`` and becomes a local function in domain ``aten``.
 - ``input_ids [batch, sequence]`` int64 in, ``logits [batch, sequence, V]`` out. Initializers are named as the program's tensors,

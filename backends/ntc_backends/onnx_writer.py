@@ -176,11 +176,14 @@ class Writer:
         return self.call("Concat", pieces, part, axis=0)
 
     def call_function(self, node: Node, text: str) -> str:
-        """A call of a function of ours: tensors are inputs, the rest attributes, true booleans and words choose the variant."""
+        """A call of a function of ours: tensors are inputs, the rest attributes.
+
+        True booleans, words and the names of optional tensors that are given choose the variant.
+        """
         arguments = bound(node)
         variants = functions_in(text)
         vocabulary = {word for f in variants for word in f.overload.split(".") if word}
-        words = {k for k, v in arguments.items() if v is True} | {v for v in arguments.values() if isinstance(v, str)}
+        words = {k for k, v in arguments.items() if v is True or isinstance(v, Node)} | {v for v in arguments.values() if isinstance(v, str)}
         chosen = [f for f in variants if set(filter(None, f.overload.split("."))) == words & vocabulary]
         if len(chosen) != 1:
             raise BackendError(f"no ONNX function of {node.target} is for {sorted(words & vocabulary)}: {where(node)}")

@@ -18,7 +18,7 @@ from torch.fx import Node
 from ntc.ops.spec import Counts, Operand, OpSpec, host_rule, register
 from ntc.spike_type import NodeType
 
-__all__ = ["ATTENTION", "ONNX_MERGE", "ONNX_SPLIT", "attention", "merge_heads", "split_heads"]
+__all__ = ["ATTENTION", "ONNX_MERGE", "ONNX_SIZES", "ONNX_SPLIT", "attention", "merge_heads", "split_heads"]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -104,7 +104,7 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(dense_macs=tokens * length * width, macs=tokens * seen * width, elementwise=3 * heads * tokens * seen)
 
 
-ONNX_SPLIT = """
+ONNX_SIZES = """
     query_heads = Constant <value_int: int = @heads> ()
     key_heads = Constant <value_int: int = @kv_heads> ()
     groups = Div(query_heads, key_heads)
@@ -128,6 +128,8 @@ ONNX_SPLIT = """
     query_split = Reshape(query, query_shape)
     key_split = Reshape(key, key_shape)
     value_split = Reshape(value, value_shape)
+"""
+ONNX_SPLIT = f"""{ONNX_SIZES}
     q = Transpose <perm = [0, 2, 3, 1, 4]> (query_split)
     kt = Transpose <perm = [0, 2, 3, 4, 1]> (key_split)
     v = Transpose <perm = [0, 2, 3, 1, 4]> (value_split)
@@ -139,7 +141,8 @@ ONNX_MERGE = """
     y = Reshape(rows, merged)
 """
 """Head split with the scores, and head merge, in the text of ONNX functions: any leading axes are one axis N in between,
-``[N, Hk, H / Hk, L, D]``; the keys and values of a group are broadcast, never copied."""
+``[N, Hk, H / Hk, L, D]``; the keys and values of a group are broadcast, never copied. ``ONNX_SIZES`` is the first part of it, with
+the tokens still in front of the heads."""
 
 _ONNX = f"""
 <domain: "ntc", opset_import: ["": 20]>

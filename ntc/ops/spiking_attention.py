@@ -35,14 +35,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.attention import ONNX_MERGE, ONNX_SPLIT, merge_heads, split_heads
+from ntc.ops.attention import ONNX_MERGE, ONNX_SIZES, ONNX_SPLIT, merge_heads, split_heads
 from ntc.ops.causal_product import Decay, causal_product, causal_product_gradients, decay_of
 from ntc.ops.if_neuron import check_constant
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType
 
 __all__ = [
-    "CHUNK", "HEAD_LEAK_CHUNK", "CHANNEL_LEAK_CHUNK", "SPIKING_ATTENTION", "SPIKING_ATTENTION_STREAM", "spiking_attention",
+    "CHANNEL_LEAK_CHUNK", "CHUNK", "HEAD_LEAK_CHUNK", "SPIKING_ATTENTION", "SPIKING_ATTENTION_STREAM", "spiking_attention",
     "spiking_attention_stream",
 ]  # fmt: skip
 
@@ -265,7 +265,32 @@ SpikingAttention <heads, kv_heads> (query, key, value) => (y)
     causal = Trilu <upper = 0> (scores)
     products = MatMul(causal, v)
 {ONNX_MERGE}}}
+
+<domain: "ntc", overload: "leak", opset_import: ["": 20]>
+SpikingAttention <heads, kv_heads> (query, key, value, leak) => (y)
+{{{ONNX_SIZES}
+    numbers = Shape(leak)
+    rows = Min(numbers, hk)
+    decay_shape = Concat <axis = 0> (rows, any, one)
+    decay = Reshape(leak, decay_shape)
+    key_sizes = Shape(key_split)
+    batch = Slice(key_sizes, axis, one)
+    state_shape = Concat <axis = 0> (batch, hk, key_size, value_size)
+    nought_value = Constant <value_float = 0.0> ()
+    nought = CastLike(nought_value, query)
+    empty = Expand(nought, state_shape)
+    state, counts = Scan <num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1], body = token (m, q, k, v) => (m_next, counted) {{
+        kept = Mul(m, decay)
+        column = Transpose <perm = [0, 1, 3, 2]> (k)
+        written = Mul(column, v)
+        m_next = Add(kept, written)
+        counted = MatMul(q, m_next)
+    }}> (empty, query_split, key_split, value_split)
+    merged = Concat <axis = 0> (lead, any)
+    y = Reshape(counts, merged)
+}}
 """
+# With a leak the function is the streaming form: one body for a leak per head and per channel, and no power of a leak.
 
 SPIKING_ATTENTION = register(
     OpSpec(

@@ -48,11 +48,11 @@ class Executor:
 
     def populations(self, element: dict[str, Any], current: Tensor) -> Tensor:
         theta, timed = self.number(element["threshold"]), element["input"] == "timed"
-        v = torch.zeros_like(current[0] if timed else current) + element["v0"] * theta
-        train = []
+        v = torch.zeros_like(current[0] if timed else current) + self.number(element["v0"]) * theta
+        tau, train = self.number(element["tau"]), []
         for t in range(element["steps"]):
             x = current[t] if timed else current
-            u = v + x if element["model"] == "if" else v + (x - v) / element["tau"]
+            u = v + x if element["model"] == "if" else v + (x - v) / tau
             s = (u >= theta).to(u.dtype)
             if element["signed"]:
                 s = s - (u < 0).to(u.dtype)
@@ -73,9 +73,12 @@ class Executor:
         q, k = query.view(steps, batch, length, heads, d), key.view(steps, batch, length, kv_heads, d)
         v = value.view(steps, batch, length, kv_heads, dv)
         memory = torch.zeros(batch, *element["state_shape"], dtype=query.dtype).transpose(0, 1)  # [T, B, Hk, D, Dv]
+        leak = 1.0 if element["leak"] is None else self.number(element["leak"])
+        if isinstance(leak, Tensor):  # per M, or per row of M
+            leak = leak.view(kv_heads, -1, 1)
         counts = torch.zeros(steps, batch, length, heads, dv, dtype=query.dtype)
         for i in range(length):
-            memory = memory + k[:, :, i, :, :, None] * v[:, :, i, :, None, :]
+            memory = leak * memory + k[:, :, i, :, :, None] * v[:, :, i, :, None, :]
             for h in range(heads):
                 counts[:, :, i, h] = torch.einsum("tbd,tbde->tbe", q[:, :, i, h], memory[:, :, h * kv_heads // heads])
         assert element["max_state"] is None or memory.abs().max() <= element["max_state"]

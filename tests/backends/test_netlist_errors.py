@@ -95,6 +95,24 @@ def cycle(data: dict[str, Any]) -> None:
     element(data, "projections", synapse="analog")["inputs"]["pre"] = data["output"]["logits"]
 
 
+def another_tensor(table: str, field: str) -> Callable[[dict[str, Any]], None]:
+    """A tensor of the netlist that has another shape than the field needs."""
+
+    def change(data: dict[str, Any]) -> None:
+        data[table][0][field] = {"tensor": next(name for name, entry in data["tensors"].items() if len(entry["shape"]) == 2)}
+
+    return change
+
+
+def leak_without_rule(data: dict[str, Any]) -> None:
+    data["dynamic_products"][0]["leak"] = 0.5
+
+
+def leak_of_another_shape(data: dict[str, Any]) -> None:
+    data["dynamic_products"][0]["rule"] = "M = leak M + outer(K, V); Y = Q M"
+    another_tensor("dynamic_products", "leak")(data)
+
+
 def dead_end(data: dict[str, Any]) -> None:
     last = data["output"]["logits"].split(":")[0]
     data["output"]["logits"] = next(iter(element(data, "host", name=last)["inputs"].values()))
@@ -121,6 +139,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "shape": (edit_json(lambda d: d["projections"][0].update(shape=[32, 31], synapses=992)), "is needed"),
     "size": (edit_json(lambda d: d["populations"][0].update(size=31)), "is needed"),
     "tensor shape": (edit_json(lambda d: next(iter(d["tensors"].values()))["shape"].append(1)), "in netlist.safetensors"),
+    "potentials": (edit_json(another_tensor("populations", "v0")), "the v0 of h_0_attn_attention_q_spikes has size"),
+    "time constants": (edit_json(another_tensor("populations", "tau")), "the tau of h_0_attn_attention_q_spikes has size"),
+    "leaks": (edit_json(leak_of_another_shape), "the leak of h_0_attn_attention_ssa has size"),
+    "rule": (edit_json(leak_without_rule), "and its leak is 0.5"),
     "heads": (edit_json(lambda d: d["dynamic_products"][0].update(head_size=9)), "is needed"),
 }  # fmt: skip
 
@@ -134,6 +156,16 @@ def test_broken_netlists_are_refused_with_one_sentence(tiny: Case, tmp_path: Pat
     with pytest.raises(ntc.ArtifactError, match=re.escape(message)) as raised:
         load_netlist(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_of_version_1_0_is_read(tiny: Case, tmp_path: Path) -> None:
+    """Its products do not leak, and have no field for that."""
+
+    def older(data: dict[str, Any]) -> None:
+        data["schema_version"] = "1.0"
+        del data["dynamic_products"][0]["leak"]
+
+    assert load_netlist(tiny.edited(tmp_path, older)).dynamic_products[0].leak is None
 
 
 def test_a_program_without_neurons_is_refused(tmp_path: Path) -> None:

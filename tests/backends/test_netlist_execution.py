@@ -47,10 +47,11 @@ def test_lif_neurons(tiny: Case, tmp_path: Path, hard: bool) -> None:
     def leak(program: Program) -> None:
         for node in list(program.graph.nodes):
             if node.target is torch.ops.ntc.integrate_fire.default:
-                current, theta, steps, _, _, timed, surrogate, width = node.args
+                current, theta, v0, steps, _, timed, surrogate, width = node.args
                 with building(program.graph, before=node, stands_for=[node], by="test") as call:
                     target = torch.ops.ntc.leaky_integrate_fire.default
-                    new = call(target, current, theta, 1.5, steps, hard, timed, surrogate, width, name=node.name)
+                    tau = call(program.add_tensor(f"{node.name}.tau", torch.full((1,), 1.5, dtype=torch.float64)))
+                    new = call(target, current, theta, tau, v0, steps, hard, timed, surrogate, width, name=node.name)
                 node.replace_all_uses_with(new)
                 program.graph.erase_node(node)
 
@@ -70,7 +71,7 @@ def test_grouped_heads(tiny: Case, tmp_path: Path) -> None:
         product = next(n for n in program.graph.nodes if n.target is torch.ops.ntc.spiking_attention.default)
         for neuron in product.args[1:3]:
             linear = neuron.args[0]
-            for node, at in ((linear, 1), (linear, 2), (neuron, 1)):
+            for node, at in ((linear, 1), (linear, 2), (neuron, 1), (neuron, 2)):
                 half = program.tensor(node.args[at]).detach()[:16]
                 with building(program.graph, before=linear, stands_for=[linear], by="test") as call:
                     node.update_arg(at, call(program.add_tensor(f"half_{node.name}_{at}", half)))
@@ -80,6 +81,55 @@ def test_grouped_heads(tiny: Case, tmp_path: Path) -> None:
     (product,) = grouped.json["dynamic_products"]
     assert (product["heads"], product["kv_heads"], product["state_shape"]) == (4, 2, [4, 2, 8, 8])
     error, differ, fired = agreement(grouped.program, tmp_path, example_ids(seed=8))
+    assert fired > 0
+    assert differ == 0
+    assert error < TOLERANCE
+    load_netlist(tmp_path)
+
+
+def test_potentials_and_time_constants_of_each_neuron(tiny: Case, tmp_path: Path) -> None:
+    def spread(program: Program) -> None:
+        for node in [n for n in program.graph.nodes if n.target is torch.ops.ntc.integrate_fire.default]:
+            current, theta, v0, steps, signed, timed, surrogate, width = node.args
+            size = node.meta["val"].shape[-1]
+            with building(program.graph, before=node, stands_for=[node], by="test") as call:
+                start = call(program.add_tensor(str(v0.target), torch.linspace(0.1, 0.9, size, dtype=torch.float64)))
+                if signed:
+                    node.update_arg(2, start)
+                    continue
+                tau = call(program.add_tensor(f"{node.name}.tau", torch.linspace(1.0, 2.0, size, dtype=torch.float64)))
+                target = torch.ops.ntc.leaky_integrate_fire.default
+                new = call(target, current, theta, tau, start, steps, False, timed, surrogate, width, name=node.name)
+            node.replace_all_uses_with(new)
+            program.graph.erase_node(node)
+
+    spread_out = emitted(changed(tiny.program, spread), tmp_path)
+    assert spread_out.program.tensor("transformer.h.0.attn.q.v0").unique().numel() > 1  # took the name of the one it replaced
+    queries = element(spread_out.json, "populations", name="h_0_attn_attention_q_spikes")
+    assert queries["v0"] == {"tensor": "transformer.h.0.attn.q.v0"}
+    error, differ, fired = agreement(spread_out.program, tmp_path, example_ids(seed=8))
+    assert fired > 0
+    assert differ == 0
+    assert error < TOLERANCE
+    load_netlist(tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 4, 32])
+def test_attention_that_forgets(tiny: Case, tmp_path: Path, size: int) -> None:
+    """One leak for all, one per key head, one per key channel."""
+
+    def forget(program: Program) -> None:
+        product = next(n for n in program.graph.nodes if n.target is torch.ops.ntc.spiking_attention.default)
+        leak = torch.linspace(0.3, 0.9, size, dtype=torch.float64)
+        with building(program.graph, before=product, stands_for=[product], by="test") as call:
+            product.args = (*product.args[:5], call(program.add_tensor("test.leak", leak)))
+
+    leaky = emitted(changed(tiny.program, forget), tmp_path)
+    (product,) = leaky.json["dynamic_products"]
+    assert product["rule"] == "M = leak M + outer(K, V); Y = Q M"
+    assert product["leak"] == (pytest.approx(0.3) if size == 1 else {"tensor": "test.leak"})
+    assert product["max_state"] == (2 if size == 1 else 10)  # 1 / (1 - largest leak), 24 tokens of context: 1.43 and 9.2
+    error, differ, fired = agreement(leaky.program, tmp_path, example_ids(batch=2, length=24, seed=8))
     assert fired > 0
     assert differ == 0
     assert error < TOLERANCE

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import ntc
 import ntc.ops as ops
 from ntc.errors import BackendError
+from ntc.meta import building
 from ntc.program import Program
 from ntc.recipe import Settings
 from ntc.registry import backend, find_pass, recipe
@@ -81,11 +82,11 @@ def words(**flags: bool) -> str:
 @pytest.mark.parametrize("signed", [False, True])
 def test_integrate_fire_gives_the_bits_of_the_kernel(signed: bool, timed: bool, kind: str) -> None:
     for b, length, c in SHAPES:
-        for steps, v0 in ((1, 0.5), (4, 0.5), (7, 0.3)):
+        for steps, v0 in ((1, torch.tensor([0.5])), (4, torch.full((c,), 0.5)), (7, torch.linspace(0.1, 0.9, c))):
             x, theta = numbers(kind, *([steps] if timed else []), b, length, c), thresholds(kind, c)
-            expected = ops.integrate_fire(x, theta, steps, signed, v0, timed, "atan", 1.0)
-            got = run_op(torch.ops.ntc.integrate_fire.default, [x, theta], 4, words(signed=signed, timed=timed),
-                         steps=steps, v0=v0, signed=int(signed), timed=int(timed))  # fmt: skip
+            expected = ops.integrate_fire(x, theta, v0, steps, signed, timed, "atan", 1.0)
+            got = run_op(torch.ops.ntc.integrate_fire.default, [x, theta, v0], 4, words(signed=signed, timed=timed),
+                         steps=steps, signed=int(signed), timed=int(timed))  # fmt: skip
             assert torch.equal(got, expected)
             assert expected.any()
 
@@ -93,17 +94,18 @@ def test_integrate_fire_gives_the_bits_of_the_kernel(signed: bool, timed: bool, 
 def test_integrate_fire_counts_are_those_of_the_closed_form() -> None:
     from ntc.ops.if_neuron import count_oracle
 
-    x, theta = numbers("dyadic", 2, 5, 16), torch.tensor([0.25, 0.5, 1.0, 2.0] * 4)
+    x, theta, v0 = numbers("dyadic", 2, 5, 16), torch.tensor([0.25, 0.5, 1.0, 2.0] * 4), torch.arange(16) / 16
     for signed in (False, True):
-        got = run_op(torch.ops.ntc.integrate_fire.default, [x, theta], 4, words(signed=signed),
-                     steps=8, v0=0.5, signed=int(signed), timed=0)  # fmt: skip
-        assert torch.equal(got.sum(0).double(), count_oracle(x, theta, 8, signed, 0.5))
+        got = run_op(torch.ops.ntc.integrate_fire.default, [x, theta, v0], 4, words(signed=signed),
+                     steps=8, signed=int(signed), timed=0)  # fmt: skip
+        assert torch.equal(got.sum(0).double(), count_oracle(x, theta, v0, 8, signed))
 
 
 def test_one_threshold_for_all_channels() -> None:
     x, theta = numbers("random", 2, 3, 8), torch.tensor([0.7])
-    got = run_op(torch.ops.ntc.integrate_fire.default, [x, theta], 4, steps=4, v0=0.5, signed=0, timed=0)
-    assert torch.equal(got, ops.integrate_fire(x, theta, 4, False, 0.5, False, "atan", 1.0))
+    for v0 in (torch.tensor([0.5]), torch.linspace(0.0, 1.0, 8)):
+        got = run_op(torch.ops.ntc.integrate_fire.default, [x, theta, v0], 4, steps=4, signed=0, timed=0)
+        assert torch.equal(got, ops.integrate_fire(x, theta, v0, 4, False, False, "atan", 1.0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,9 +115,10 @@ def test_leaky_integrate_fire_gives_the_bits_of_the_kernel(hard: bool, timed: bo
     for b, length, c in SHAPES:
         for steps, tau in ((1, 2.0), (4, 1.0), (4, 2.0), (7, 2.7)):
             x, theta = numbers(kind, *([steps] if timed else []), b, length, c), thresholds(kind, c)
-            expected = ops.leaky_integrate_fire(x, theta, tau, steps, hard, timed, "atan", 1.0)
-            got = run_op(torch.ops.ntc.leaky_integrate_fire.default, [x, theta], 4, words(hard_reset=hard, timed=timed),
-                         steps=steps, tau=tau, hard_reset=int(hard), timed=int(timed))  # fmt: skip
+            constants = [theta, torch.full((c,), tau), torch.full((1,), 0.25)]
+            expected = ops.leaky_integrate_fire(x, *constants, steps, hard, timed, "atan", 1.0)
+            got = run_op(torch.ops.ntc.leaky_integrate_fire.default, [x, *constants], 4, words(hard_reset=hard, timed=timed),
+                         steps=steps, hard_reset=int(hard), timed=int(timed))  # fmt: skip
             assert torch.equal(got, expected)
 
 
@@ -157,6 +160,17 @@ def test_values_may_be_wider_than_keys() -> None:
     q, k, v = (torch.randint(-1, 2, (2, 2, 6, n)).float() for n in (12, 6, 10))
     got = run_op(torch.ops.ntc.spiking_attention.default, [q, k, v], 4, heads=4, kv_heads=2)
     assert torch.equal(got, ops.spiking_attention(q, k, v, 4, 2))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_spiking_attention_with_a_leak_agrees_to_rounding(kv_heads: int) -> None:
+    for lead in ((4, 2), (3,)):
+        for size, length in ((1, 70), (kv_heads, 70), (kv_heads * 5, 70), (kv_heads * 5, 1)):
+            leak = torch.linspace(0.05, 0.99, size)
+            q, k, v = (torch.randint(-1, 2, (*lead, length, n)).float() for n in (20, 5 * kv_heads, 3 * kv_heads))
+            got = run_op(torch.ops.ntc.spiking_attention.default, [q, k, v, leak], q.dim(), "leak", heads=4, kv_heads=kv_heads)
+            expected = ops.spiking_attention(q, k, v, 4, kv_heads, leak)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -229,9 +243,12 @@ def test_programs_agree_at_any_batch_and_length(program: Program, variant: str, 
 def test_a_leaky_neuron_in_a_program(program: Program, tmp_path: Path) -> None:
     made = program.copy()
     for node in list(made.graph.nodes):
-        if node.target is torch.ops.ntc.integrate_fire.default and not node.args[3]:
+        if node.target is torch.ops.ntc.integrate_fire.default and not node.args[4]:
+            current, theta, v0, steps, _, timed, *surrogate = node.args
+            with building(made.graph, before=node, stands_for=[node], by="test") as call:
+                tau = call(made.add_tensor(f"{node.name}.tau", torch.tensor([2.0])))
             node.target = torch.ops.ntc.leaky_integrate_fire.default
-            node.args = (*node.args[:2], 2.0, node.args[2], True, node.args[5], "atan", 1.0)
+            node.args = (current, theta, tau, v0, steps, True, timed, *surrogate)
     made.refresh()
     ntc.verify.verify(made)
     OnnxBackend().emit(made, tmp_path)
@@ -276,7 +293,8 @@ def test_neurons_are_calls_of_functions_that_the_file_brings(program: Program, e
     for name, call in neurons.items():
         args = program.find(name).args
         found = {a.name: helper.get_attribute_value(a) for a in call.attribute}
-        assert found == {"steps": args[2], "signed": int(args[3]), "v0": args[4], "timed": int(args[5]), "comparison": b">=", "reset": b"soft"}
+        assert list(call.input)[1:] == [args[1].target, args[2].target]
+        assert found == {"steps": args[3], "signed": int(args[4]), "timed": int(args[5]), "comparison": b">=", "reset": b"soft"}
     assert {o.domain for o in onnx.inliner.inline_local_functions(model).opset_import if o.domain} <= {"ntc"}
     assert not [n for n in onnx.inliner.inline_local_functions(model).graph.node if n.domain]  # nothing left but the standard opset
 

@@ -155,7 +155,7 @@ def test_folding_any_positive_thresholds_changes_nothing(scales: list[float], se
     one, ours = torch.ones_like(theta), nn.functional.linear(x, new_weight, new_bias)
     given_current = nn.functional.linear(x, weight, bias)
     torch.testing.assert_close(ours.clamp(0, 1), (given_current / theta).clamp(0, 1), rtol=1e-12, atol=1e-12)
-    spikes = [integrate_fire(c, t, steps, True, 0.5, False, "atan", 1.0) for c, t in ((ours, one), (given_current, theta))]
+    spikes = [integrate_fire(c, t, torch.tensor([0.5]), steps, True, False, "atan", 1.0) for c, t in ((ours, one), (given_current, theta))]
     near = ((0.5 + steps * ours) % 1 - 0.5).abs() > 0.5 - 1e-9  # rounding may move a potential that lies on the threshold
     assert torch.equal(spikes[0][:, ~near], spikes[1][:, ~near])
     layer = torch.randn(4, len(scales), generator=generator, dtype=torch.float64)

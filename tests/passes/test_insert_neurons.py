@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from programs import CONTEXT, calibrated, canonical, rates
@@ -47,6 +49,24 @@ def test_ops_and_types_after_folding() -> None:
     assert node.meta["ntc.made_by"] == ("capture", "canonicalize", "convert-ffn", "fold-thresholds", "insert-neurons")
 
 
+def test_initial_potentials_are_parameters_beside_the_thresholds() -> None:
+    """One number per channel, also where one threshold stands for all of them."""
+    program = rates(n_layer=1).copy()
+    rate = program.find("h_0_mlp_act_rate")
+    rate.meta[NEURON] = replace(rate.meta[NEURON], v0=0.25)
+    with building(program.graph, before=rate, stands_for=[rate], by="test") as call:
+        rate.update_arg(1, call(program.add_tensor(str(rate.args[1].target), torch.tensor([2.0]))))
+    program.refresh()
+    after = inserted(program)
+    parameters = dict(after.module.named_parameters())
+    for path, size, value in (("attn.q", 32, 0.5), ("attn.ssa", 32, 0.5), ("mlp.c_fc", 128, 0.25)):
+        assert torch.equal(parameters[f"transformer.h.0.{path}.v0"], torch.full((size,), value))
+    loss = after.module(after.example).square().mean()
+    loss.backward()
+    assert all(float(p.grad.abs().max()) > 0 for name, p in parameters.items() if name.endswith((".v0", ".threshold")))
+    assert after.find("h_0_mlp_act_spikes").args[2].target == "transformer.h.0.mlp.c_fc.v0"
+
+
 def test_without_folding_spikes_become_graded_and_the_result_is_the_same() -> None:
     """A value behind a neuron is a payload of its spikes; folded or not, both compute one function up to rounding and ties."""
     program = rates(n_layer=1)
@@ -80,11 +100,12 @@ def test_spiking_attention_is_what_the_ops_compute_by_hand(steps: int) -> None:
         if node.target is not torch.ops.ntc.attention.default:
             return None
         q, k, v = args[:3]
+        half = torch.tensor([0.5])
         trains = [
-            integrate_fire(x, theta(r), steps, r == "v", 0.5, False, "atan", 1.0) for x, r in ((q, "q"), (k, "k"), (v, "v"))
+            integrate_fire(x, theta(r), half, steps, r == "v", False, "atan", 1.0) for x, r in ((q, "q"), (k, "k"), (v, "v"))
         ]
         scaled = position_scale(spiking_attention(*trains, 4, 4))
-        spikes = integrate_fire(scaled, theta("ssa"), steps, True, 0.5, True, "atan", 1.0)
+        spikes = integrate_fire(scaled, theta("ssa"), half, steps, True, True, "atan", 1.0)
         return spikes.mean(0) * program.tensor(f"{prefix}.ssa.gain").detach()
 
     with torch.no_grad():
