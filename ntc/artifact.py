@@ -38,7 +38,8 @@ from ntc.verify import verify
 
 __all__ = ["FORMAT", "load", "load_analog", "read_manifest", "save", "seal", "sha256_of"]
 
-FORMAT = 1
+FORMAT = 2
+"""Version of compiled folders. 2: potentials and time constants of neurons are tensors, which the ops of 1 took as numbers."""
 
 _OPERATORS = {f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)}
 
@@ -191,7 +192,7 @@ def load(folder: Path | str) -> Program:
     """Read a compiled folder back.
 
     Raises:
-        ArtifactError: If it is no such folder, is damaged, or was written by a newer version.
+        ArtifactError: If it is no such folder, is damaged, or was written by another version of the format.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -208,7 +209,7 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     """The manifest of a compiled folder.
 
     Raises:
-        ArtifactError: If it is no such folder, or was written by a newer version.
+        ArtifactError: If it is no such folder, or was written by another version of the format.
     """
     folder = Path(folder)
     manifest = _read_json(folder, MANIFEST)
@@ -216,6 +217,9 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
         raise ArtifactError(f"{folder} holds no compiled program: its {MANIFEST} is not ours")
     if manifest["ntc_format"] > FORMAT:
         raise ArtifactError(f"{folder} was written by a newer ntc (format {manifest['ntc_format']}, this one reads {FORMAT})")
+    if manifest["ntc_format"] < FORMAT:
+        old = manifest["ntc_format"]
+        raise ArtifactError(f"{folder} was written by an older ntc (format {old}, this one reads {FORMAT}): compile it again")
     return manifest
 
 

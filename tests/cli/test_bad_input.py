@@ -296,7 +296,7 @@ def test_damaged_file(copied: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("manifest", "says"),
-    [("{", "is damaged"), ("[]", "is damaged"), ('{"ntc_format": "1"}', "not ours"), ('{"ntc_format": 99}', "newer ntc"), ('{"ntc_format": 1}', "is damaged")],
+    [("{", "is damaged"), ("[]", "is damaged"), ('{"ntc_format": "1"}', "not ours"), ('{"ntc_format": 99}', "newer ntc"), ('{"ntc_format": 1}', "older ntc"), ('{"ntc_format": 2}', "is damaged")],
 )
 def test_damaged_manifest(copied: Path, manifest: str, says: str) -> None:
     (copied / "manifest.json").write_text(manifest)

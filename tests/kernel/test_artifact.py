@@ -203,7 +203,11 @@ def test_a_graph_that_breaks_a_rule_is_refused(folder: Path) -> None:
         load(folder)
 
 
-def test_a_newer_format_and_foreign_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_other_formats_and_foreign_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    edited(folder, "manifest.json", lambda m: {**m, "ntc_format": FORMAT - 1})
+    for read in (load, load_analog):
+        with pytest.raises(ArtifactError, match=f"written by an older ntc \\(format {FORMAT - 1}, this one reads {FORMAT}\\): compile it again"):
+            read(folder)
     edited(folder, "manifest.json", lambda m: {**m, "ntc_format": FORMAT + 1})
     for read in (load, load_analog):
         with pytest.raises(ArtifactError, match=f"written by a newer ntc \\(format {FORMAT + 1}, this one reads {FORMAT}\\)"):
