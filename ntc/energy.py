@@ -27,7 +27,7 @@ from ntc.ops import Counts, aten, spec_of
 from ntc.program import Program, check_ids
 from ntc.text import Tokens
 
-__all__ = ["Constants", "EnergyReport", "Side", "load_constants", "measure_energy"]
+__all__ = ["Constants", "EnergyReport", "Side", "attention_projections", "load_constants", "measure_energy"]
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class EnergyReport:
         ssa = ssa_products + self.snn.total(encoder)
         wide_asa, wide_ssa = asa + projections(self.ann), ssa + projections(self.snn)
         streamed = [n.measured for n in self.snn.nodes if {"write", "read"} <= n.measured.keys()]
-        streaming = sum(m["write"] + m["read"] for m in streamed) / self.snn.tokens if streamed else None
-        encoders = self.constants.cost(self.snn.total(encoder))
+        adds, leaks = (sum(m.get(key, 0.0) for m in streamed for key in keys) for keys in (("write", "read"), ("leak",)))
+        streaming = (Counts(acs=adds, macs=leaks) * (1 / self.snn.tokens) + self.snn.total(encoder)) if streamed else None
         return {
             "asa_pj": cost(asa),
             "ssa_pj": cost(ssa),
@@ -134,7 +134,7 @@ class EnergyReport:
             "asa_macs": asa.macs,
             "ssa_acs": ssa_products.acs,
             "steps_times_rate": ssa_products.acs / asa.macs if asa.macs and ssa_products.acs else None,
-            "ssa_streaming_pj": None if streaming is None else self.constants.ac * streaming + encoders,
+            "ssa_streaming_pj": None if streaming is None else cost(streaming),
             "with_projections": {
                 "asa_pj": cost(wide_asa), "ssa_pj": cost(wide_ssa), "reduction": _reduction(cost(wide_asa), cost(wide_ssa)),
             },
@@ -244,8 +244,8 @@ def measure_energy(
     shapes = [(int(rows.shape[0]), int(rows.shape[1])) for rows in tokens.batches(batch)]
     original = _by_distinct_shape(analog, shapes)
     return EnergyReport(
-        ann=Side(tuple(original.nodes.values()), original.tokens, _attention_projections(analog)),
-        snn=Side(tuple(activity.nodes.values()), activity.tokens, _attention_projections(program)),
+        ann=Side(tuple(original.nodes.values()), original.tokens, attention_projections(analog)),
+        snn=Side(tuple(activity.nodes.values()), activity.tokens, attention_projections(program)),
         constants=constants or load_constants(),
         steps=program.steps,
         data=tokens.description,
@@ -258,7 +258,7 @@ def measure_energy(
 _PRODUCTS = (torch.ops.ntc.attention.default, torch.ops.ntc.spiking_attention.default)
 
 
-def _attention_projections(program: Program) -> frozenset[str]:
+def attention_projections(program: Program) -> frozenset[str]:
     """Names of the linear layers that make queries, keys and values, and of those that take the result.
 
     Read off the graph and not off module names: a hand-written block may hold its attention and its FFN in one module.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ntc.ops import traced
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import ANALOG, CurrentType, NodeType, SpikeType
 
@@ -129,5 +130,8 @@ Decode <code> (train) => (value)
 """
 
 DECODE = register(
-    OpSpec(target=torch.ops.ntc.decode.default, infer=_infer, count=_count, element="decode", kind="decode", onnx=_ONNX)
-)
+    OpSpec(
+        target=torch.ops.ntc.decode.default, traced=traced.decode, infer=_infer, count=_count, element="decode", kind="decode",
+        onnx=_ONNX,
+    )
+)  # fmt: skip

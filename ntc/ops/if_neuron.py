@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ntc.ops import traced
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import Analog, CurrentType, NodeType, SpikeType
 from ntc.surrogate import surrogate
@@ -260,6 +261,7 @@ def _onnx(signed: bool, is_timed: bool) -> str:
 IF_NEURON = register(
     OpSpec(
         target=torch.ops.ntc.integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons",
+        traced=traced.integrate_fire,
         onnx="".join(_onnx(signed, is_timed) for signed in (False, True) for is_timed in (False, True)),
     )
 )

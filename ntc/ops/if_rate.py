@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ntc.ops import traced
 from ntc.ops.if_neuron import check_threshold, check_threshold_value
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import Analog, NodeType, RateType
@@ -88,4 +89,6 @@ IfRate <signed> (current, threshold) => (rate)
     rate = Clip(ratio, lowest, highest)
 }
 """
-IF_RATE = register(OpSpec(target=torch.ops.ntc.if_rate.default, infer=_infer, count=_count, kind="neurons", onnx=_ONNX))
+IF_RATE = register(
+    OpSpec(target=torch.ops.ntc.if_rate.default, traced=traced.if_rate, infer=_infer, count=_count, kind="neurons", onnx=_ONNX)
+)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ntc.ops import traced
 from ntc.ops.if_neuron import check_constant, check_per_channel, check_start_value, check_threshold, check_threshold_value
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import Analog, CurrentType, NodeType, SpikeType
@@ -194,6 +195,7 @@ def _onnx(hard: bool, is_timed: bool) -> str:
 LIF_NEURON = register(
     OpSpec(
         target=torch.ops.ntc.leaky_integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons",
+        traced=traced.leaky_integrate_fire,
         onnx="".join(_onnx(hard, is_timed) for hard in (False, True) for is_timed in (False, True)),
     )
 )  # fmt: skip

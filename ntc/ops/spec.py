@@ -102,6 +102,8 @@ class OpSpec:
         kind: Where its energy is booked (``attention``, ``projection``, ``norm``, ...).
         onnx: For ops of ours: the body as an ONNX function in the text syntax of ``onnx.parser``; one after the other if the op
             has variants, told apart by their ``overload``.
+        traced: For ops of ours: the same function of the same arguments in plain torch operations, differentiable and open to
+            ``torch.compile``, which training runs in place of the kernel; None = training runs the kernel and its gradient.
     """
 
     target: Any
@@ -111,6 +113,7 @@ class OpSpec:
     element: Element = "host"
     kind: str = "elementwise"
     onnx: str | None = None
+    traced: Callable[..., Tensor] | None = None
 
 
 SPECS: dict[Any, OpSpec] = {}
