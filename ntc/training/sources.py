@@ -162,6 +162,10 @@ def _file_part(path: Path) -> Part:
         status = path.stat()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    # Characters that mean something else in the addresses by which ``datasets`` names compressed files, or any.
+    for character in ("::", *("[]\\" if path.suffix in _COMPRESSIONS else "")):
+        if character in path.name:
+            raise DataError(f"{path.name} holds '{character}' in its name, by which it cannot be read: rename the file")
     return Part(_format_of(path) or "text", path.name, str(path.absolute()), None, "", status.st_size, str(status.st_mtime_ns))
 
 
