@@ -51,18 +51,20 @@ class NeuronSpec:
     """The neuron that a rate node will become: written by policy, read by mechanism.
 
     Attributes:
-        kind: ``if`` (integrate and fire).
+        kind: ``if`` (integrate and fire) or ``lif`` (leaky integrate and fire; binary only).
         steps: T, number of time steps.
         signed: Ternary spikes {-1, 0, 1} instead of {0, 1}.
         v0: Initial membrane potential as a fraction of the threshold; 1/2 turns floor into round (Bu et al. 2022).
+        tau: Membrane time constant [steps] of ``lif``, >= 1; None for ``if``.
         reset: ``soft`` = subtract the threshold.
         role: What it is for in its block (``q``, ``k``, ``v``, ``ssa``, ``ffn``), for reports and overrides.
     """
 
-    kind: Literal["if"] = "if"
+    kind: Literal["if", "lif"] = "if"
     steps: int = 4
     signed: bool = False
     v0: float = 0.5
+    tau: float | None = None
     reset: Literal["soft"] = "soft"
     role: str = ""
 

@@ -54,8 +54,9 @@ def _check(current: Tensor, table: Tensor | None) -> None:
 def _scaled(current: Tensor, table: Tensor | None = None) -> Tensor:
     if table is None:
         return (current / _seen(current)).to(current.dtype)
-    parts = current.unflatten(-1, (table.shape[0], -1))
-    return (parts * _factor(current, table)).flatten(-2).to(current.dtype)
+    parts = current.reshape(*current.shape[:-1], table.shape[0], -1)
+    scaled: Tensor = parts * _factor(current, table)
+    return scaled.flatten(-2).to(current.dtype)
 
 
 @torch.library.custom_op("ntc::position_scale", mutates_args=())
@@ -93,8 +94,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         return _scaled(grad), None
     current, table = ctx.saved_tensors
     to_table = torch.zeros_like(table)
-    heads = table.shape[0]
-    products = (grad.to(table.dtype) * current.to(table.dtype)).unflatten(-1, (heads, -1)).sum(-1)  # [..., L, H]
+    products = grad.to(table.dtype) * current.to(table.dtype)
+    products = products.reshape(*products.shape[:-1], table.shape[0], -1).sum(-1)  # [..., L, H]
     to_table[:, : current.shape[-2]] = products.flatten(0, -3).sum(0).t() if products.dim() > 2 else products.t()
     return _scaled(grad, table), to_table
 

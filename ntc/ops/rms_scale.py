@@ -34,7 +34,7 @@ def _check(current: Tensor, heads: int) -> None:
 
 def _parts(current: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The current per head ``[T, B, L, H, D]``, its mean ``m`` and the factor ``r``, at least in float32."""
-    x = current.to(torch.promote_types(current.dtype, torch.float32)).unflatten(-1, (heads, -1))
+    x = current.to(torch.promote_types(current.dtype, torch.float32)).reshape(*current.shape[:-1], heads, -1)
     x = x if current.dim() == 4 else x.unsqueeze(0)
     mean = x.mean(0)
     return x, mean, (mean.square().mean(-1, keepdim=True) + eps).rsqrt()

@@ -39,7 +39,7 @@ def _check(current: Tensor, query: Tensor, key: Tensor, heads: int, kv_heads: in
 
 def _timed(x: Tensor, *split: int) -> Tensor:
     """``[T, B, L, *split, D]``, at least in float32: sums of bfloat16 lose whole spikes beyond 256."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (*split, -1))
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:-1], *split, -1)
     return x if x.dim() == 4 + len(split) else x.unsqueeze(0)
 
 

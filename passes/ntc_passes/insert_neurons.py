@@ -17,7 +17,8 @@ Every annotated rate node is replaced. The time axis goes on through every op wh
 driven by spikes, spiking attention, scales); where an op does not, a decode is put in front of it. A bias is a constant
 current at every step, which the mean leaves as it is. Which neuron and how many steps was decided before, by the passes
 that wrote the annotations; this one decides nothing. The initial potential becomes a tensor with one number per channel, named
-after the threshold (``transformer.h.0.attn.q.threshold`` gives ``transformer.h.0.attn.q.v0``), so that it can be trained.
+after the threshold (``transformer.h.0.attn.q.threshold`` gives ``transformer.h.0.attn.q.v0``), so that it can be trained; so does
+the time constant of a leaky neuron (``.tau``), which becomes ``ntc.leaky_integrate_fire`` with soft reset.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from ntc.spike_type import ANALOG, CurrentType, NodeType, SpikeType
 __all__ = ["InsertNeurons"]
 
 _RATE = torch.ops.ntc.if_rate.default
+_IF = torch.ops.ntc.integrate_fire.default
+_LIF = torch.ops.ntc.leaky_integrate_fire.default
 
 
 class InsertNeurons(Pass):
@@ -81,18 +84,32 @@ def _insert(
         current = _decode(program, current, given, node, decoded)
         types[current] = current.meta[TYPE]
     with building(program.graph, before=node, stands_for=[node], by=InsertNeurons.name) as call:
-        start = call(program.add_tensor(f"{_prefix(theta)}.v0", _per_channel(current, theta, spec.v0)))
-        spikes = call(
-            torch.ops.ntc.integrate_fire.default, current, theta, start, spec.steps, spec.signed, is_timed, "atan", 1.0,
-            name=node.name.removesuffix("_rate") + "_spikes",
-        )  # fmt: skip
+
+        def parameter(name: str, value: float) -> Node:
+            stored = call(program.add_tensor(f"{_prefix(theta)}.{name}", _per_channel(current, theta, value)))
+            stored.meta[TYPE] = types[stored] = ANALOG
+            program.infer(stored)
+            return stored
+
+        name = node.name.removesuffix("_rate") + "_spikes"
+        if spec.kind == "lif":
+            tau, start = parameter("tau", _time_constant(node, spec)), parameter("v0", spec.v0)
+            spikes = call(_LIF, current, theta, tau, start, spec.steps, False, is_timed, "atan", 1.0, name=name)
+        else:
+            spikes = call(_IF, current, theta, parameter("v0", spec.v0), spec.steps, spec.signed, is_timed, "atan", 1.0, name=name)
     spikes.meta[NEURON] = spec
-    start.meta[TYPE] = types[start] = ANALOG
-    program.infer(start)
     program.infer(spikes)
     node.replace_all_uses_with(spikes)
     program.graph.erase_node(node)
     return spikes
+
+
+def _time_constant(node: Node, spec: NeuronSpec) -> float:
+    if spec.signed:
+        raise PassError(f"a leaky neuron is binary, and {where(node)} asks for a ternary one: choose kind 'if', or signed = False")
+    if spec.tau is None or not spec.tau >= 1:
+        raise PassError(f"a leaky neuron needs a time constant of at least one step, and {where(node)} has tau = {spec.tau}")
+    return spec.tau
 
 
 def _prefix(theta: Node) -> str:
