@@ -16,7 +16,11 @@ the factors, centred at the middle m of the chunk: ``(Q_ad lambda_d^(a-m)) (K_bd
 
     dQ_a = sum_b S_ab (lambda^(a-b) K_b) + lambda^(a+1) (M G_a)      dK_b = sum_a S_ab (lambda^(a-b) Q_a) + lambda^(c-1-b) (R V_b)
     dV_b = sum_a A_ab G_a + (lambda^(c-1-b) K_b) R                   R'   = diag(lambda^c) R + sum_a (lambda^(a+1) Q_a) (x) G_a
-    dL/dlog lambda_d = sum_i i dQ_id Q_id - sum_j j dK_jd K_jd       (i, j: positions in the sequence)
+    dL/dlog lambda_d = sum_ab (a-b) S_ab Q_ad lambda_d^(a-b) K_bd + sum_a (a+1) Q_ad dQ'_ad + sum_b (c-1-b) K_bd dK'_bd
+                       + c lambda_d^c sum_e M_de R_de                 (dQ', dK': the parts of dQ and dK that come through M and R)
+
+The last is ``sum_i i dQ_i Q_i - sum_j j dK_j K_j`` over the sequence, written with distances in place of positions: the difference of
+two large sums would drown in their rounding errors when little is remembered.
 
 States and tables of powers are float32 or better, products are taken in the dtype of the inputs. Powers are made in float64 and
 rounded once, so no error grows with the distance i - j. In a table centred at m <= 8 the smallest lambda whose powers fit into
@@ -41,11 +45,13 @@ class Decay:
     """Powers of lambda for chunks of one size.
 
     Attributes:
+        number: 0..chunk - 1.
         powers: ``lambda ** n`` for n = 0..chunk, ``[H, chunk + 1, 1]`` or ``[H, chunk + 1, D]``.
         matrix: ``lambda ** (a - b)`` for b <= a, else 0, ``[H, chunk, chunk]``; None if lambda is per channel.
         centred: ``lambda ** (a - chunk // 2)`` and the reciprocals, ``[H, chunk, D]``; None if lambda is per head.
     """
 
+    number: Tensor
     powers: Tensor
     matrix: Tensor | None
     centred: tuple[Tensor, Tensor] | None
@@ -71,17 +77,18 @@ def decay_of(leak: Tensor, heads: int, kv_heads: int, chunk: int, dtype: torch.d
     if per_channel:
         centre = number[:-1] - chunk // 2
         up = wide.unsqueeze(1) ** centre[:, None]
-        return Decay(powers.to(dtype), None, (up.to(dtype), up.reciprocal().to(dtype)))
+        return Decay(number[:-1].to(dtype), powers.to(dtype), None, (up.to(dtype), up.reciprocal().to(dtype)))
     lag = number[:-1, None] - number[None, :-1]
     matrix = torch.where(lag >= 0, powers[:, :, 0][:, lag.clamp(min=0).long()], 0.0)
-    return Decay(powers.to(dtype), matrix.to(dtype), None)
+    return Decay(number[:-1].to(dtype), powers.to(dtype), matrix.to(dtype), None)
 
 
 class _Heads:
     """``[..., L, H D] <-> [N, c, D]``, N = all leading axes times H, chunk by chunk and without a copy of the whole."""
 
-    def __init__(self, heads: int, kv_heads: int) -> None:
+    def __init__(self, heads: int, kv_heads: int, decay: Decay | None) -> None:
         self.heads, self.kv_heads, self.groups = heads, kv_heads, heads // kv_heads
+        self.per_channel = decay is not None and decay.centred is not None
 
     def rows(self, x: Tensor, heads: int) -> Tensor:
         """View ``[lead, heads, L, D]``."""
@@ -110,6 +117,16 @@ class _Heads:
         rows[:, :, start : start + x.shape[1]] = part.sum(2) if self.groups > 1 else part.squeeze(2)
 
 
+    def weighted(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``sum over N and c of weight_c x[N, c, D]``, per key head ``[Hk, D]``."""
+        return self.by_kv_head((weight.to(x.dtype) @ x).unflatten(0, (-1, self.heads)).sum(0, dtype=_state_type(x)))
+
+    def by_kv_head(self, x: Tensor) -> Tensor:
+        """``[H, ...] -> [Hk, width]``: summed over the heads of a group, and over all else if the decay is per head."""
+        x = x.flatten(1).unflatten(0, (self.kv_heads, self.groups))
+        return x.sum(1) if self.per_channel else x.sum((1, 2)).unsqueeze(1)
+
+
 def _state_type(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -119,8 +136,11 @@ class _Chunk:
 
     def __init__(self, h: _Heads, decay: Decay | None, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.h, self.q, self.k, self.v, self.size = h, q, k, v, q.shape[1]
-        self.decay = decay
-        self.up = self.down = None
+        self.decay, self.up, self.down, self.lag = decay, None, None, None
+        if decay is not None:
+            self.number = decay.number[: self.size]
+            if decay.matrix is not None:
+                self.lag = self.number[:, None] - self.number
         self.q_in, self.k_in = q, k
         if decay is not None and decay.centred is not None:
             self.up, self.down = (table[:, : self.size] for table in decay.centred)
@@ -169,7 +189,7 @@ def causal_product(
     Returns:
         ``[..., L, H Dv]``, contiguous.
     """
-    h, length = _Heads(heads, kv_heads), query.shape[-2]
+    h, length = _Heads(heads, kv_heads, decay), query.shape[-2]
     y = query.new_empty((*query.shape[:-1], value.shape[-1] // kv_heads * heads))
     q_rows, k_rows, v_rows, y_rows = h.rows(query, heads), h.rows(key, kv_heads), h.rows(value, kv_heads), h.rows(y, heads)
     state: Tensor | None = None
@@ -201,10 +221,10 @@ def causal_product_gradients(
         decay: As there.
 
     Returns:
-        ``dL/dQ``, ``dL/dK``, ``dL/dV`` in the shapes of the inputs, and ``dL/dlog lambda`` as ``[Hk, D]`` (of one number per
-        head: its sum over D is wanted); ``[0]`` without a decay.
+        ``dL/dQ``, ``dL/dK``, ``dL/dV`` in the shapes of the inputs, and ``dL/dlog lambda`` as ``[Hk, 1]`` (one per head) or
+        ``[Hk, D]`` (one per channel); ``[0]`` without a decay.
     """
-    h, length = _Heads(heads, kv_heads), query.shape[-2]
+    h, length = _Heads(heads, kv_heads, decay), query.shape[-2]
     to_q, to_k, to_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     q_rows, k_rows, v_rows, g_rows = h.rows(query, heads), h.rows(key, kv_heads), h.rows(value, kv_heads), h.rows(grad, heads)
     q_out, k_out, v_out = h.rows(to_q, heads), h.rows(to_k, kv_heads), h.rows(to_v, kv_heads)
@@ -216,32 +236,37 @@ def causal_product_gradients(
         part = _Chunk(h, decay, h.query(q_rows, start, stop), h.key(k_rows, start, stop), h.key(v_rows, start, stop))
         parts.append(part)
         states.append(part.carried(states[-1], part.to_end(part.k).mT @ part.v) if stop < length else None)
-    to_log: Tensor | None = None
+    to_log = decay.powers.new_zeros(kv_heads, decay.powers.shape[-1]) if decay is not None else query.new_empty(0)
     later: Tensor | None = None  # R
     for number in reversed(range(len(parts))):
         part, state, start = parts.pop(), states[number], starts[number]
         g = h.query(g_rows, start, start + part.size)
-        s = part.masked(g @ part.v.mT)
-        dq, dk = s @ part.k_in, s.mT @ part.q_in
+        a, s = part.masked(part.q_in @ part.k_in.mT), g @ part.v.mT
+        if part.lag is not None:
+            to_log += h.by_kv_head((a * s).unflatten(0, (-1, h.heads)).sum(0, dtype=to_log.dtype) * part.lag)
+        s = part.masked(s)
+        dv, dq, dk = a.mT @ g, s @ part.k_in, s.mT @ part.q_in
         if part.up is not None and part.down is not None:
             dq, dk = h.scaled(dq, part.up), h.scaled(dk, part.down)
-        dv = part.masked(part.q_in @ part.k_in.mT).mT @ g
+            to_log += h.weighted(dq * part.q - dk * part.k, part.number)
         if state is not None:
-            dq = dq.add_(part.since_start(g @ state.to(g.dtype).mT))
+            through = part.since_start(g @ state.to(g.dtype).mT)
+            if decay is not None:
+                to_log += h.weighted(through * part.q, part.number + 1)
+            dq = dq.add_(through)
         if later is not None:
             r = later.to(g.dtype)
-            dk = dk.add_(part.to_end(part.v @ r.mT))
+            through = part.to_end(part.v @ r.mT)
+            if decay is not None:
+                to_log += h.weighted(through * part.k, part.size - 1 - part.number)
+            dk = dk.add_(through)
             dv = dv.add_(part.to_end(part.k) @ r)
+        if decay is not None and state is not None and later is not None:
+            both = (state * later).unflatten(0, (-1, h.heads)).sum((0, -1))  # [H, D]
+            to_log += h.by_kv_head(part.size * both * decay.powers[:, part.size])
         h.store(q_out, start, dq)
         h.store_summed(k_out, start, dk)
         h.store_summed(v_out, start, dv)
-        if decay is not None:
-            position = torch.arange(start, start + part.size, dtype=decay.powers.dtype, device=g.device)
-            share = position @ (dq.to(position.dtype) * part.q - dk.to(position.dtype) * part.k)  # [N, D]
-            share = share.unflatten(0, (-1, kv_heads, h.groups)).sum((0, 2))
-            to_log = share if to_log is None else to_log + share
         if start > 0:
             later = part.carried(later, part.since_start(part.q).mT @ g)
-    if to_log is None:
-        to_log = query.new_zeros((kv_heads, query.shape[-1] // heads) if decay is not None else 0)
     return to_q, to_k, to_v, to_log

@@ -116,8 +116,7 @@ def _gradients(
     *given, to_log = causal_product_gradients(grad.to(query.dtype), query, key, value, heads, kv_heads, *tables)
     if leak is None:
         return given[0], given[1], given[2], to_log
-    wide = to_log if leak.shape[0] == key.shape[-1] else to_log.sum(1)
-    to_leak = wide.reshape(-1).sum_to_size(leak.shape) / leak
+    to_leak = to_log.flatten().sum_to_size(leak.shape) / leak
     return given[0], given[1], given[2], to_leak.to(leak.dtype)
 
 
@@ -220,29 +219,40 @@ def _products(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
 
 
 def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str, float]:
-    """Accumulates that the spikes cause, exactly.
+    """Operations that the spikes cause, exactly.
 
-    Parallel: each spike of Q_i reaches the i + 1 keys it sees; each non-zero score (an integer) is added to the active
-    channels of V_j. Streaming: each coincidence of K_j and V_j changes one entry of M; each spike of Q_i adds one row of M.
+    Parallel: each spike of Q_i reaches the i + 1 keys it sees (``scores``); each non-zero score is added to the active channels of
+    V_j (``values``). A leak multiplies each non-zero score, or, per channel, each coincidence of Q_i and K_j (``decays``).
+    Streaming: each coincidence of K_j and V_j changes one entry of M (``write``); each spike of Q_i adds one row of M (``read``); a
+    leak multiplies the whole of M (``leak``).
     """
     query, key, value = (t.detach() for t in tensors[:3])
+    leak = tensors[3] if len(tensors) > 3 else None
     heads, kv_heads = node.args[3], node.args[4]
     assert isinstance(heads, int) and isinstance(kv_heads, int)
+    per_channel = leak is not None and leak.shape[0] not in (1, kv_heads)
     q, k, v = split_heads(query, heads), _grouped(key, heads, kv_heads), _grouped(value, heads, kv_heads)
     # Spikes of either sign per token, in float64: sums over a corpus exceed 2**24.
     q_spikes, k_spikes, v_spikes = (x.abs().sum(-1, dtype=torch.float64) for x in (q, k, v))
     position = torch.arange(1, q.shape[-2] + 1, dtype=torch.float64, device=q.device)
-    values = 0.0
+    if per_channel:  # coincidences of either sign fade at different rates, and no longer cancel
+        q, k = q.abs(), k.abs()
+    values = decays = 0.0
     for start in range(0, q.shape[-2], CHUNK):
         stop = min(start + CHUNK, q.shape[-2])
         # Signed: coincidences that cancel leave a score of zero, and nothing is added.
         scores = (q[..., start:stop, :] @ k[..., :stop, :].transpose(-2, -1)).tril(start)
-        values += float(((scores != 0).sum(-2) * v_spikes[..., :stop]).sum())
+        reached = (scores != 0).sum(-2)
+        values += float((reached * v_spikes[..., :stop]).sum())
+        if leak is not None:
+            decays += float(scores.sum(dtype=torch.float64) if per_channel else reached.sum())
+    leaking = {} if leak is None else {"decays": decays, "leak": float(key.numel() * (value.shape[-1] // kv_heads))}
     return {
         "scores": float((q_spikes * position).sum()),
         "values": values,
         "write": float((k_spikes * v_spikes).sum()) / (heads // kv_heads),  # one M per key head
         "read": float(q_spikes.sum()) * v.shape[-1],
+        **leaking,
     }
 
 
@@ -253,9 +263,15 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     # The dense computation that spikes replace is the one of a single pass, whatever T is.
     tokens = operands[0].numel // shape[-1] // (operands[0].type.steps if isinstance(operands[0].type, SpikeType) else 1)
     dense = tokens * length * width
-    if not is_spiking:
-        return Counts(dense_macs=dense, macs=tokens * (length + 1) / 2 * width)
-    return Counts(dense_macs=dense, acs=measured["scores"] + measured["values"])
+    if is_spiking:
+        return Counts(dense_macs=dense, acs=measured["scores"] + measured["values"], macs=measured.get("decays", 0.0))
+    seen = tokens * (length + 1) / 2
+    decayed = 0
+    if len(operands) > 3:
+        heads, kv_heads = node.args[3], node.args[4]
+        assert isinstance(heads, int)
+        decayed = heads if operands[3].numel in (1, kv_heads) else shape[-1]
+    return Counts(dense_macs=dense, macs=seen * (width + decayed))
 
 
 _ONNX = f"""
@@ -279,7 +295,9 @@ SpikingAttention <heads, kv_heads> (query, key, value, leak) => (y)
     nought_value = Constant <value_float = 0.0> ()
     nought = CastLike(nought_value, query)
     empty = Expand(nought, state_shape)
-    state, counts = Scan <num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1], body = token (m, q, k, v) => (m_next, counted) {{
+    state, counts = Scan <
+        num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1],
+        body = token (m, q, k, v) => (m_next, counted) {{
         kept = Mul(m, decay)
         column = Transpose <perm = [0, 1, 3, 2]> (k)
         written = Mul(column, v)

@@ -26,6 +26,7 @@ from ntc.recipe import Settings
 from ntc.registry import find_pass, recipe
 from ntc.testing import NanoGPT, count_ops, example_ids, tiny_gpt2
 from ntc.text import random_tokens
+from ntc.verify import verify
 from ntc_passes.calibrate import Calibrate
 from ntc_passes.canonicalize import Canonicalize
 from ntc_passes.convert_ffn import ConvertFfn
@@ -162,11 +163,35 @@ def test_no_spikes_no_accumulates() -> None:
         theta = work.tensor(neuron.args[1])
         with building(work.graph, before=neuron, stands_for=[neuron], by="test") as call:
             neuron.update_arg(1, call(work.add_tensor("never", torch.full_like(theta, 1e6))))
-        neuron.update_arg(4, 0.25)  # so that the start is not half a threshold
+            neuron.update_arg(2, call(work.add_tensor("start", torch.full_like(theta, 0.25))))  # not half a threshold
     work.refresh()
     total = measure_energy(work, canonical(n_layer=1), TOKENS).snn.total()
     assert (total.spikes, total.acs) == (0, 0)
     assert total.neuron_updates == 4 * 256
+
+
+@pytest.mark.parametrize("size", [1, 4, C])
+def test_a_leak_costs_multiplications(size: int) -> None:
+    """Parallel: one for each non-zero score, or for each coincidence if every channel fades in its own way. Streaming: all of M."""
+    work = spiking(n_layer=1).copy()
+    product = work.find("h_0_attn_attention_ssa")
+    with building(work.graph, before=product, stands_for=[product], by="test") as call:
+        product.args = (*product.args[:5], call(work.add_tensor("leak", torch.linspace(0.3, 0.9, size))))
+    work.refresh()
+    verify(work)
+    leaky, plain = (measure_energy(p, canonical(n_layer=1), TOKENS) for p in (work, spiking(n_layer=1)))
+    seen = trains(work)
+    q, k, v = (seen[f"h_0_attn_attention_{r}_spikes"].view(4, 8, L, 4, 8) for r in "qkv")  # T, B, L, H, D
+    scores = torch.einsum("tbihd,tbjhd->tbhij", q, k).tril()  # binary: no coincidences that cancel
+    decays = float(scores.sum() if size == C else (scores != 0).sum())
+    row = next(n for n in leaky.snn.nodes if n.name == product.name)
+    without = next(n for n in plain.snn.nodes if n.name == product.name)
+    assert (row.counts.macs, row.counts.acs) == (decays, without.counts.acs)
+    adds = float((k.abs().sum(-1) * v.abs().sum(-1)).sum() + q.sum() * 8)
+    updates = leaky.snn.total(lambda n: n.name.startswith("h_0_attn_attention_") and n.name.endswith("_spikes")).neuron_updates
+    streamed = 4.6 * 4 * 4 * 8 * 8 + 0.9 * (adds / 96 + updates)  # T, H, D, Dv
+    assert leaky.attention()["ssa_streaming_pj"] == pytest.approx(streamed)
+    assert plain.attention()["ssa_streaming_pj"] == pytest.approx(0.9 * (adds / 96 + updates))
 
 
 def test_graded_spikes_cost_a_multiplication() -> None:
