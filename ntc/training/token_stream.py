@@ -26,6 +26,7 @@ class Lumps:
 
     The first lump of a document is its first ``LUMP_LINES`` lines; each further one begins with the line break before its
     first line. Joined, the lumps are the document. Documents of white space only are left out.
+    Pieces may end anywhere but within ``END``.
 
     Args:
         rest: What ``rest`` was when the reading stopped.

@@ -117,12 +117,13 @@ def test_lumps_do_not_depend_on_how_the_text_arrives(documents: list[str], cuts:
                 lump = "\n".join(lines[start : start + 3])
                 expected.append(lump if start == 0 else "\n" + lump)
             expected.append(None)
-    text, lumps, found = END.join([*documents, ""]), Lumps(), []
+    pieces = [piece for document in documents for piece in (*document, END)]  # the mark of the end is in one piece
+    lumps, found = Lumps(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_stream, "LUMP_LINES", 3)
-        for length in [*cuts, len(text)]:
-            found += lumps.add(text[:length])
-            text = text[length:]
+        for length in [*cuts, len(pieces)]:
+            found += lumps.add("".join(pieces[:length]))
+            pieces = pieces[length:]
             lumps = Lumps(lumps.rest, lumps.inside)  # a position that was left and taken up again
     assert found == expected
     assert not lumps.rest
