@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["ArtifactError", "BackendError", "CaptureError", "ConfigError", "DataError", "NtcError", "PassError", "VerifyError"]
+__all__ = [
+    "ArtifactError", "BackendError", "CaptureError", "ConfigError", "DataError", "NtcError", "PassError", "TrainingError", "VerifyError",
+]  # fmt: skip
 
 
 class NtcError(Exception):
@@ -35,3 +37,7 @@ class VerifyError(NtcError):
 
 class BackendError(NtcError):
     """A program that a back end cannot express, or an artefact that disagrees with its program."""
+
+
+class TrainingError(NtcError):
+    """A fine-tuning run that cannot go on: a number that is not finite, or a loss that grows and stays so."""

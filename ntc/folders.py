@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from ntc.errors import ArtifactError
 
-__all__ = ["MANIFEST", "check_output", "is_artifact", "reason_of", "replacing_folder", "umask"]
+__all__ = ["MANIFEST", "check_output", "is_artifact", "reason_of", "replacing_folder", "umask", "undisturbed"]
 
 MANIFEST = "manifest.json"
 
@@ -67,7 +67,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Hold Ctrl-C back until the block has ended: a swap of folders or a clean-up is done as a whole or not at all."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -93,19 +93,19 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     beside: Path | None = None
     made = [p for p in folder.parents if not p.exists()]
     try:
-        with _undisturbed():
+        with undisturbed():
             folder.parent.mkdir(parents=True, exist_ok=True)
             beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         os.chmod(beside, 0o777 & ~umask())
         yield beside
-        with _undisturbed():
+        with undisturbed():
             _swap(beside, folder)
     except OSError as error:
         raise ArtifactError(f"cannot write {given}: {error.strerror or error}") from error
     except SafetensorError as error:  # its way of saying that the disk is full
         raise ArtifactError(f"cannot write {given}: {reason_of(error)}") from error
     finally:
-        with _undisturbed():
+        with undisturbed():
             if beside is not None:
                 shutil.rmtree(beside, ignore_errors=True)
             for parent in made:  # those that we made, innermost first, as far as they are empty

@@ -1,0 +1,85 @@
+"""Where a run is, what it says on the way, and what comes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ntc.program import Program
+from ntc.training.losses import PARTS
+
+__all__ = ["News", "Outcome", "RunState"]
+
+
+@dataclass(frozen=True)
+class News:
+    """What a run is doing, for a progress bar.
+
+    Attributes:
+        stage: ``compile``, ``validate`` or ``train``, with the name of the run before it if that is not ``training``.
+        done: Steps or windows done.
+        total: Of how many; 0 while unknown.
+        figures: Latest values of the log's columns, and ``seconds_left``.
+    """
+
+    stage: str
+    done: int = 0
+    total: int = 0
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RunState:
+    """Where a run is; plain data, all of it in the checkpoint."""
+
+    steps: int | None = None
+    step: int = 0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    validation_seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    sums: list[float] = field(default_factory=lambda: [0.0] * (1 + len(PARTS)))
+    summed: int = 0
+    summed_seconds: float = 0.0
+    logged: int = 0
+    validated: int = -1
+    best_step: int = 0
+    best_key: list[float] = field(default_factory=lambda: [math.inf, math.inf])
+    worse: int = 0
+    warnings: list[str] = field(default_factory=list)
+    ended: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        program: The best program.
+        rows: The log.
+        steps: Steps taken.
+        planned: Steps that the learning rate was planned for.
+        tokens: Tokens trained on.
+        seconds: Time of the whole run, all sessions, validations included.
+        tokens_per_second: Speed of the steps alone.
+        ended: Why it ended: ``steps`` (all done), ``time``, or ``patience``.
+        best_step: Step of the best program; 0 = as it was.
+        before: The row of the first validation.
+        after: The row of the best one.
+        warnings: One sentence each.
+    """
+
+    program: Program
+    rows: tuple[Mapping[str, Any], ...]
+    steps: int
+    planned: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    ended: str
+    best_step: int
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    warnings: tuple[str, ...]
