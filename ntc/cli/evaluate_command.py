@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, session
-from ntc.cli.tables import by_role, show_neurons, show_quality
-from ntc.errors import ArtifactError, DataError
+from ntc.cli.tables import by_role, show_layers, show_neurons, show_quality
+from ntc.errors import ArtifactError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ntc.program import Program
 
 __all__ = ["add_to"]
+
+# Where fine-tuning leaves the original network, fine-tuned on the same tokens.
+_BASELINE = "baseline"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -22,6 +28,7 @@ def add_to(app: typer.Typer) -> None:
         "evaluate",
         epilog="Examples:\n\n"
         "ntc evaluate build/demo --data examples/data/books-sample.txt --against examples/gpt2-books\n\n"
+        "ntc evaluate build/tuned --data held-out.txt --tuned build/tuned/baseline --layers\n\n"
         "ntc evaluate build/demo --data held-out.txt.xz --max-tokens 20000 --json",
     )(evaluate)
 
@@ -32,19 +39,36 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original model (default: where it was when it was compiled).")
     ] = None,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="The original, fine-tuned on the tokens that the program was fine-tuned on (default: DIR/baseline, if any)."
+        ),
+    ] = None,
+    no_tuned: Annotated[bool, typer.Option("--no-tuned", help="Leave DIR/baseline out.")] = False,
     window: Annotated[int | None, typer.Option(help="Tokens per window (default: the context, at most 256).")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Read only so many tokens (default: all).")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show how near every layer is to the original's.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the draws that confidence intervals come from.", min=0)] = 0,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
-    """Measure the quality of a compiled program against the original, on the same tokens in the same run."""
+    """Measure the quality of a compiled program against the original, on the same tokens in the same run.
+
+    A program that was fine-tuned is also held against the original fine-tuned on the same tokens: what remains of the gap
+    is what the spikes cost.
+    """
     with session(as_json, verbose) as output:
-        result = _evaluate(output, folder, data, against, window, max_tokens)
-        output.result(result, lambda console: _show(console, result))
+        if tuned is not None and no_tuned:
+            raise ConfigError("--tuned DIR and --no-tuned exclude each other: give one of them")
+        if not no_tuned and tuned is None and (folder / _BASELINE).is_dir():
+            tuned = folder / _BASELINE
+        result = _evaluate(output, folder, data, against, tuned, window, max_tokens, seed)
+        output.result(result, lambda console: _show(console, result, layers))
 
 
 def _evaluate(
-    output: Output, folder: Path, data: Path, against: str | None, window: int | None, max_tokens: int | None
+    output: Output, folder: Path, data: Path, against: str | None, tuned: Path | None, window: int | None, max_tokens: int | None, seed: int
 ) -> dict[str, Any]:
     from ntc import artifact
     from ntc.frontend import capture, load_tokenizer
@@ -62,20 +86,38 @@ def _evaluate(
     with output.progress() as report:
         report("load", 0, 1)
         program = artifact.load(folder)
+        reference = _load_tuned(tuned) if tuned is not None else None
         tokenizer = load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
         tokens = tokens_from(data, tokenizer, window or min(256, context or 256), max_tokens, program.info.vocab_size)
         report("capture", 0, 1)
         analog = capture(source)
         report("evaluate", 0, len(tokens.windows))
-        quality = evaluate(program, analog, tokens, progress=lambda done, total: report("evaluate", done, total))
+        quality = evaluate(
+            program, analog, tokens, tuned=reference, seed=seed, progress=lambda done, total: report("evaluate", done, total)
+        )
     result = quality.to_json()
-    return {"folder": str(folder), "against": source, **result, "roles": by_role(result["populations"])}
+    about = {"folder": str(folder), "against": source, "tuned": None if tuned is None else str(tuned)}
+    return {**about, **result, "roles": by_role(result["populations"])}
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
+def _load_tuned(folder: Path) -> Program:
+    """The fine-tuned original of a compiled folder."""
+    from ntc import artifact
+
+    program = artifact.load(folder)
+    if program.steps:
+        raise DataError(
+            f"{folder} holds a spiking program (T = {program.steps}): --tuned takes the original, fine-tuned without spikes, as "
+            "fine-tuning with a baseline writes it"
+        )
+    return program
+
+
+def _show(console: Console, result: dict[str, Any], layers: bool) -> None:
     console.print(
         Text(result["folder"], "bold").append(" against ", "not bold").append(result["against"], "bold")
         .append(f"  T = {result['steps']}, {count(result['tokens'])} tokens", "not bold dim")
     )  # fmt: skip
     show_neurons(console, result["roles"], result, f"per token, {result['data']}")
     show_quality(console, result, result["data"])
+    show_layers(console, result["layers"], whole=layers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,11 +11,13 @@ from rich.text import Text
 
 from ntc.cli.output import count, percent, table
 
-__all__ = ["by_role", "heading", "show_attention", "show_neurons", "show_quality", "unit_for"]
+__all__ = ["by_role", "heading", "show_attention", "show_layers", "show_neurons", "show_quality", "unit_for"]
 
 _ROLES = {
     "q": "queries", "k": "keys", "v": "values", "ssa": "attention output", "ffn": "feed-forward", "": "others",
 }  # fmt: skip
+
+_PLACES = {"attention": "attention", "ffn": "feed-forward", "block": "after the block"}
 
 
 def heading(console: Console, title: str, remark: str = "") -> None:
@@ -60,17 +63,72 @@ def _rates(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 
 def show_quality(console: Console, quality: Mapping[str, Any], remark: str) -> None:
-    """Quality against the network on the same tokens."""
+    """Quality against the network, and against the fine-tuned network if there is one, on the same tokens."""
     heading(console, "Quality", remark)
-    rows = table("", ">network", ">spiking", ">difference")
-    change = quality["perplexity_change"]
-    change_text = Text(f"{100 * change:+.1f} %", "green" if change < 0.05 else "yellow" if change < 1 else "red")
-    rows.add_row("perplexity", f"{quality['perplexity_ann']:,.2f}", f"{quality['perplexity']:,.2f}", change_text)
-    rows.add_row("same most likely token", "", percent(quality["top1_agreement"]), "")
-    rows.add_row("cosine of logits", "", f"{quality['cosine']:.4f}", "")
-    if quality["cosine_hidden"] is not None:
-        rows.add_row("cosine of hidden states", "", f"{quality['cosine_hidden']:.4f}", "")
-    rows.add_row("KL divergence [nats]", "", f"{quality['kl']:.4f}", "")
+    confidence = quality["confidence"]
+    interval = f"{100 * confidence['level']:g} % interval" if confidence else ""
+    _comparison(console, quality, "", ("", ">network", ">spiking", f">{interval}"))
+    if quality["perplexity_tuned"] is not None:
+        heading(console, "Against the network fine-tuned on the same tokens", "what remains is what the spikes cost")
+        _comparison(console, quality, "_tuned", ("", ">fine-tuned", ">spiking", f">{interval}"))
+    if confidence:
+        said = f"intervals: bootstrap over {count(confidence['windows'])} windows, {count(confidence['resamples'])} draws"
+    else:
+        windows = quality["tokens"] // quality["window"]
+        said = f"no confidence intervals: {windows} window{'s' if windows != 1 else ''} of text {'are' if windows != 1 else 'is'} too few"
+    console.print(Text(said, "dim"))
+
+
+def _comparison(console: Console, quality: Mapping[str, Any], suffix: str, columns: tuple[str, ...]) -> None:
+    """One table: the program against the network (no suffix) or the fine-tuned network (``_tuned``)."""
+    intervals, network = quality["confidence"] or {}, suffix or "_ann"
+    rows = table(*columns)
+
+    def row(label: str, name: str, other: str, show: Callable[[float], str], style: str = "") -> None:
+        def known(value: float | None) -> str:
+            return "-" if value is None else show(value)  # logits that are no numbers
+
+        between = " … ".join(map(known, intervals[name])) if name in intervals else ""
+        rows.add_row(label, known(quality[other]) if other else "", Text(known(quality[name]), style), Text(between, "dim"))
+
+    change = quality["perplexity_change" + suffix]
+    row("perplexity", "perplexity", "perplexity" + network, lambda v: f"{v:,.2f}")
+    style = "red" if change is None or change >= 1 else "green" if change < 0.05 else "yellow"
+    row("  difference", "perplexity_change" + suffix, "", lambda v: f"{100 * v:+.1f} %", style)
+    row("next token right", "accuracy", "accuracy" + network, percent)
+    row("same most likely token", "top1_agreement" + suffix, "", percent)
+    row("cosine of logits", "cosine" + suffix, "", lambda v: f"{v:.4f}")
+    if not suffix and quality["cosine_hidden"] is not None:
+        row("cosine of hidden states", "cosine_hidden", "", lambda v: f"{v:.4f}")
+    row("KL divergence [nats]", "kl" + suffix, "", lambda v: f"{v:.4f}")
+    console.print(rows)
+
+
+def show_layers(console: Console, layers: Sequence[Mapping[str, Any]], *, whole: bool) -> None:
+    """How near each layer comes to the original's: all of them, or one sentence on the worst."""
+    if not layers:
+        console.print(Text("Layers are not compared: no module of the model is called like a transformer block.", "dim"))
+        return
+    if not whole:
+        worst, last = min(layers, key=lambda r: -math.inf if r["cosine"] is None else r["cosine"]), layers[-1]
+        low, end = ("-" if r["cosine"] is None else f"{r['cosine']:.4f}" for r in (worst, last))
+        console.print(
+            Text("Layers: ", "bold").append(
+                f"cosine with the original's {low} or more (worst: {_PLACES[worst['where']]} of {worst['block']}), {end} after the last "
+                "block; --layers shows all", "not bold",
+            )
+        )  # fmt: skip
+        return
+    heading(console, "Layers", "cosine with the original's and relative error; attention and FFN: what they add to the residual stream")
+    places = [place for place in _PLACES if any(r["where"] == place for r in layers)]
+    rows = table("block", *(column for place in places for column in (f">{_PLACES[place]}", ">error")))
+    for block in dict.fromkeys(r["block"] for r in layers):
+        cells = [block]
+        for place in places:
+            of = [r for r in layers if (r["block"], r["where"]) == (block, place)]
+            cells.append(" ".join("-" if r["cosine"] is None else f"{r['cosine']:.4f}" for r in of))
+            cells.append(" ".join("-" if r["relative_error"] is None else f"{r['relative_error']:.3f}" for r in of))
+        rows.add_row(*cells)
     console.print(rows)
 
 

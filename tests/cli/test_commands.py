@@ -53,7 +53,7 @@ def check_keys(command: str, data: dict[str, Any]) -> None:
         head = re.split(r"\[\]|\.", key)[0]
         nothing = any(key.startswith((p + "[]", p + ".")) for p in found)
         assert head in data, f"ntc {command} lacks {key}"
-        if not nothing and "*" not in key and key not in ("quality", "energy"):
+        if not nothing and "*" not in key and key not in ("quality", "energy", "confidence"):
             assert any(covers(key, p) for p in found), f"ntc {command} lacks {key}"
 
 
