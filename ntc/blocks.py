@@ -56,7 +56,7 @@ def block_outputs(program: Program) -> dict[str, Node]:
         if block and any(block_of(user) != block for user in node.users):
             found.pop(block, None)  # a block stands where its last node does
             found[block] = node
-    return {block: _with_sum_outside(node, order) for block, node in found.items()}
+    return {block: _with_sum_outside(node, block, order) for block, node in found.items()}
 
 
 def layer_outputs(program: Program) -> tuple[LayerOutput, ...]:
@@ -93,15 +93,20 @@ def _summands(node: Node) -> tuple[Node, Node] | None:
     return (a, b) if isinstance(a, Node) and isinstance(b, Node) and _is_activation(a) and _is_activation(b) else None
 
 
-def _with_sum_outside(node: Node, order: dict[Node, int]) -> Node:
-    """The sum with the stream that a model makes of a block's result outside of any block; else the node itself."""
-    for user in node.users:
-        pair = _summands(user) if not block_of(user) else None
-        if pair is not None:
-            other = pair[1] if pair[0] is node else pair[0]
-            if other is not node and _depends(node, other, order):
-                return user
-    return node
+def _with_sum_outside(node: Node, block: str, order: dict[Node, int]) -> Node:
+    """The sum with the stream that a model makes of a block's results outside of any block; else the node itself."""
+    total = node
+    while True:
+        user = next((u for u in total.users if not block_of(u) and _summands(u)), None)
+        pair = None if user is None else _summands(user)
+        if user is None or pair is None:
+            return node
+        other = pair[1] if pair[0] is total else pair[0]
+        if other is not total and _depends(total, other, order):
+            return user
+        if block_of(other) != block:
+            return node
+        total = user  # attention and FFN of the block are added to each other first
 
 
 def _depends(node: Node, on: Node, order: dict[Node, int]) -> bool:

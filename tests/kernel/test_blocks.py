@@ -74,22 +74,20 @@ def post_norm() -> nn.Module:
     ],
     ids=["gpt2", "llama", "parallel", "serial-neox", "post-norm", "hand-written"],
 )
-@pytest.mark.parametrize("passes", [[], [Canonicalize()]], ids=["captured", "canonical"])
-def test_the_nodes_are_the_results_of_the_modules(
-    make: Callable[[], nn.Module], block: str, attention: str, ffn: str, passes: list[ntc.Pass]
-) -> None:
+def test_the_nodes_are_the_results_of_the_modules(make: Callable[[], nn.Module], block: str, attention: str, ffn: str) -> None:
     model = make()
-    program = run_pipeline(ntc.capture(model, example_ids() if isinstance(model, NanoGPT) else None), passes)
-    outputs = block_outputs(program)
-    assert list(outputs) == [f"{block}.0", f"{block}.1"]
-    layers = layer_outputs(program)
-    places = [(found.block, found.where) for found in layers]
-    assert sorted(places) == sorted((f"{block}.{i}", where) for i in (0, 1) for where in ("attention", "ffn", "block"))
+    captured = ntc.capture(model, example_ids() if isinstance(model, NanoGPT) else None)
     modules = {"attention": f".{attention}", "ffn": f".{ffn}", "block": ""}
-    seen = hooked(model, [f"{block}.{i}{part}" for i in (0, 1) for part in modules.values()], program.example)
-    for found in layers:
-        torch.testing.assert_close(value(program, found.node), seen[found.block + modules[found.where]], rtol=1e-4, atol=1e-5)
-    assert [found.node for found in layers if found.where == "block"] == list(outputs.values())
+    seen = hooked(model, [f"{block}.{i}{part}" for i in (0, 1) for part in modules.values()], captured.example)
+    for program in (captured, run_pipeline(captured, [Canonicalize()])):
+        outputs = block_outputs(program)
+        assert list(outputs) == [f"{block}.0", f"{block}.1"]
+        layers = layer_outputs(program)
+        places = [(found.block, found.where) for found in layers]
+        assert sorted(places) == sorted((f"{block}.{i}", where) for i in (0, 1) for where in ("attention", "ffn", "block"))
+        for found in layers:
+            torch.testing.assert_close(value(program, found.node), seen[found.block + modules[found.where]], rtol=1e-4, atol=1e-5)
+        assert [found.node for found in layers if found.where == "block"] == list(outputs.values())
 
 
 class SumsOutside(nn.Module):
@@ -115,9 +113,10 @@ class SumsOutside(nn.Module):
         return self.lm_head(self.ln_f(self.stream(ids)[-1]))
 
 
-def test_sums_outside_of_the_blocks_are_found() -> None:
-    model = SumsOutside(together=False).eval()
-    program = run_pipeline(ntc.capture(model, example_ids()), [Canonicalize()])
+@pytest.mark.parametrize("together", [False, True])
+def test_sums_outside_of_the_blocks_are_found(together: bool) -> None:
+    model = SumsOutside(together=together).eval()
+    program = ntc.capture(model, example_ids())
     outputs = block_outputs(program)
     assert list(outputs) == ["blocks.0", "blocks.1"]
     with torch.no_grad():
