@@ -127,13 +127,13 @@ def integrate_fire(
     _check(current, threshold, v0)
     v = torch.zeros_like(current[0] if timed else current) + v0 * threshold
     spikes = current.new_empty((steps, *v.shape))
-    for t in range(steps):
-        v = v + (current[t] if timed else current)
-        s = (v >= threshold).to(v.dtype)
+    below = torch.empty_like(v) if signed else v
+    for t in range(steps):  # in place: memory traffic is all that this costs
+        v.add_(current[t] if timed else current)
+        s = torch.ge(v, threshold, out=spikes[t])
         if signed:
-            s = s - (v < 0).to(v.dtype)
-        v = v - s * threshold
-        spikes[t] = s
+            s.sub_(torch.lt(v, 0, out=below))
+        v.addcmul_(s, threshold, value=-1)
     return spikes
 
 
