@@ -183,15 +183,27 @@ class _Lowering:
         )  # fmt: skip
 
     def scale(self, node: Node) -> schema.Scale:
-        if node.target is torch.ops.ntc.position_scale.default:
-            train, factor = node.args[0], None
-        else:
+        if node.target is aten.mul.Tensor:
             train = next(a for a in node.args if isinstance(a, Node) and timed(a.meta[TYPE]))
             factor = self.number(next(a for a in node.args if a is not train))
-        return schema.Scale(
-            **_place(node), kind="position" if factor is None else "constant", factor=factor,
-            inputs=schema.TrainInput(train=self.endpoint(train)), outputs=schema.TrainOutput(train=self.port(node)),
-        )  # fmt: skip
+            return self._scale(node, "constant", train, factor=factor)
+        given = _arguments(node)
+        if node.target is torch.ops.ntc.rms_scale.default:
+            return self._scale(node, "rms", given["current"], heads=given["heads"], eps=given["eps"])
+        if node.target is torch.ops.ntc.row_sum_scale.default:
+            inputs = schema.RowSumInputs(
+                train=self.endpoint(given["current"]), query=self.endpoint(given["query"]), key=self.endpoint(given["key"])
+            )
+            return self._scale(node, "row-sum", inputs, heads=given["heads"], kv_heads=given["kv_heads"])
+        if given["table"] is None:
+            return self._scale(node, "position", given["current"])
+        table = schema.TensorRef(tensor=self.tensor(given["table"]))
+        return self._scale(node, "table", given["current"], factor=table, heads=int(given["table"].meta["val"].shape[0]))
+
+    def _scale(self, node: Node, kind: Any, read: Node | schema.RowSumInputs, **values: Any) -> schema.Scale:
+        inputs = schema.TrainInput(train=self.endpoint(read)) if isinstance(read, Node) else read
+        fields = {"factor": None, **values}
+        return schema.Scale(**_place(node), kind=kind, inputs=inputs, outputs=schema.TrainOutput(train=self.port(node)), **fields)
 
     def decode(self, node: Node) -> schema.Decode:
         given = _arguments(node)
@@ -239,7 +251,9 @@ _ON_CHIP = {
     "population": {torch.ops.ntc.integrate_fire.default, torch.ops.ntc.leaky_integrate_fire.default},
     "projection": {aten.linear.default},
     "dynamic_product": {torch.ops.ntc.spiking_attention.default},
-    "scale": {torch.ops.ntc.position_scale.default, aten.mul.Tensor},
+    "scale": {
+        torch.ops.ntc.position_scale.default, torch.ops.ntc.rms_scale.default, torch.ops.ntc.row_sum_scale.default, aten.mul.Tensor,
+    },
     "decode": {torch.ops.ntc.decode.default},
 }
 

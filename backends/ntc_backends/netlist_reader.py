@@ -184,6 +184,24 @@ def _check_shapes(netlist: schema.Netlist) -> None:
             expect(found, per_row if found != [product.kv_heads] else found, f"the leak of {product.name}")
         if (product.leak is None) != (product.rule == "M += outer(K, V); Y = Q M"):
             raise ArtifactError(f"the rule of {product.name} is {product.rule!r}, and its leak is {product.leak}")
+    for scale in netlist.scales:
+        given = (scale.factor is not None, scale.heads is not None, scale.kv_heads is not None, scale.eps is not None)
+        if given != _SCALE_FIELDS[scale.kind] or (scale.kind == "row-sum") != isinstance(scale.inputs, schema.RowSumInputs):
+            raise ArtifactError(f"{scale.name} is a scale of kind {scale.kind!r}, and its fields are those of another kind")
+        if scale.kind == "table":
+            if not isinstance(scale.factor, schema.TensorRef):
+                raise ArtifactError(f"{scale.name} scales by a table, and its factor is one number")
+            found = netlist.tensors[scale.factor.tensor].shape
+            expect(found[:-1], [scale.heads], f"the table of {scale.name}")
+        if scale.heads is not None and channels(scale.inputs.train) % scale.heads:
+            raise ArtifactError(f"{scale.heads} heads do not divide the {channels(scale.inputs.train)} channels of {scale.name}")
+
+
+# Whether a scale of that kind has a factor, heads, key heads, eps.
+_SCALE_FIELDS = {
+    "position": (False, False, False, False), "constant": (True, False, False, False), "table": (True, True, False, False),
+    "rms": (False, True, False, True), "row-sum": (False, True, True, False),
+}  # fmt: skip
 
 
 def to_graph(netlist: schema.Netlist) -> nx.DiGraph[str]:

@@ -20,16 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypeAliasType
 
 __all__ = [
-    "FORMAT", "SCHEMA_FILE", "SCHEMA_VERSION", "AnyElement", "Argument", "Blob", "Conventions", "CurrentOutput", "Decode",
+    "FORMAT", "READABLE", "SCHEMA_FILE", "SCHEMA_VERSION", "AnyElement", "Argument", "Blob", "Conventions", "CurrentOutput", "Decode",
     "DynamicProduct", "Element", "Endpoint", "Generator", "HostIsland", "HostOp", "Model", "Netlist", "NonFinite", "Number",
-    "PassName", "Population", "PopulationInput", "Port", "ProductInputs", "ProductOutput", "Projection", "ProjectionInput", "READABLE",
-    "Scale", "Sink", "Source", "SpikesOutput", "TensorEntry", "TensorRef", "Time", "TrainInput", "TrainOutput", "ValueOutput", "ValueRef",
-    "schema_text",
+    "PassName", "Population", "PopulationInput", "Port", "ProductInputs", "ProductOutput", "Projection", "ProjectionInput",
+    "RowSumInputs", "Scale", "Sink", "Source", "SpikesOutput", "TensorEntry", "TensorRef", "Time", "TrainInput", "TrainOutput",
+    "ValueOutput", "ValueRef", "schema_text",
 ]  # fmt: skip
 
 FORMAT = "ntc-netlist"
 SCHEMA_VERSION: Final = "1.1"
-"""1.1: potentials v0 and time constants tau may be tensors; dynamic products may leak."""
+"""1.1: potentials v0 and time constants tau may be tensors; dynamic products may leak; scales by table, RMS and row sum."""
 
 READABLE = ("1.0", "1.1")
 """Versions that the reader takes: each field of an older one means the same today."""
@@ -270,12 +270,29 @@ class TrainOutput(_Part):
     train: Port = _field("The scaled train.", "spikes x factor, or membrane units per step")
 
 
-class Scale(Element):
-    """A gain on every step of a train: known at compile time."""
+class RowSumInputs(_Part):
+    """Inputs of a row-sum scale."""
 
-    kind: Literal["position", "constant"] = _field("`position`: 1 / (i + 1) for the token at position i = 0, 1 ...; else `factor`.")
-    factor: Number | None = _field("Factor; a tensor broadcasts against [B, L, C] from the right. Null for `position`.", "1")
-    inputs: TrainInput = _field("Inputs.")
+    train: Endpoint = _field("Counts Y of spiking attention.", "coincidences")
+    query: Endpoint = _field("Spikes Q of the same attention.", "spikes")
+    key: Endpoint = _field("Spikes K of the same attention.", "spikes")
+
+
+class Scale(Element):
+    """A gain on a train, the same for all steps of a token; `position`, `table` and `constant` are known at compile time."""
+
+    kind: Literal["position", "table", "rms", "row-sum", "constant"] = _field(
+        "`position`: divide by i + 1 for the token at position i = 0, 1 ...; `table`: multiply head h by `factor`[h, i]; `rms`: divide "
+        "each head by sqrt(mean over its channels of (mean over the steps)^2 + eps); `row-sum`: divide each head by max(abs(z), 1) with "
+        "z = mean over the steps of Q_i . (sum over j <= i of K_j); `constant`: multiply by `factor`."
+    )
+    factor: Number | None = _field(
+        "Of `constant`: a tensor broadcasts against [B, L, C] from the right. Of `table`: tensor [heads, context]. Else null.", "1"
+    )
+    heads: int | None = _field("Of `table`, `rms` and `row-sum`: heads, channels as of a dynamic product.", "heads", default=None)
+    kv_heads: int | None = _field("Of `row-sum`: key heads, as of a dynamic product.", "heads", default=None)
+    eps: float | None = _field("Of `rms`.", "squared train units", default=None)
+    inputs: TrainInput | RowSumInputs = _field("Inputs; of a `row-sum` scale also queries and keys.")
     outputs: TrainOutput = _field("Outputs.")
 
 

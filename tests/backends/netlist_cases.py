@@ -28,6 +28,9 @@ VARIANTS = {
     "spikes": ("neurtransformer", {"output": "spikes"}),
     "ffn-only": ("ffn-only", {}),
     "binary": ("neurtransformer", {"signed_value": False, "steps": 3, "output": "spikes"}),
+    "learned-position": ("neurtransformer", {"normalizer": "learned-position", "output": "current"}),
+    "leak-rms": ("neurtransformer", {"normalizer": "leak-rms"}),
+    "row-sum": ("neurtransformer", {"normalizer": "row-sum", "signed_query": True, "steps": 3}),
 }
 
 

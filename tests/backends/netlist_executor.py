@@ -85,10 +85,28 @@ class Executor:
         assert element["max_count"] is None or counts.abs().max() <= element["max_count"]
         return counts.reshape(steps, batch, length, heads * dv)
 
-    def scales(self, element: dict[str, Any], train: Tensor) -> Tensor:
+    def scales(self, element: dict[str, Any], train: Tensor, query: Tensor | None = None, key: Tensor | None = None) -> Tensor:
         if element["kind"] == "position":
             return train / torch.arange(1, train.shape[-2] + 1, dtype=train.dtype)[:, None]
-        return train * self.number(element["factor"])
+        if element["kind"] == "constant":
+            return train * self.number(element["factor"])
+        heads = element["heads"]
+        steps, batch, length, width = train.shape
+        parts = train.clone().view(steps, batch, length, heads, width // heads)
+        divisor = torch.ones(batch, length, heads, dtype=train.dtype)
+        for h in range(heads):
+            if element["kind"] == "table":
+                parts[:, :, :, h] *= self.number(element["factor"])[h, :length, None]
+            elif element["kind"] == "rms":
+                mean = parts[:, :, :, h].mean(0)
+                divisor[:, :, h] = torch.sqrt((mean * mean).mean(-1) + element["eps"])
+            else:
+                g = h * element["kv_heads"] // heads
+                q, k = query.view(steps, batch, length, heads, -1)[..., h, :], key.view(steps, batch, length, element["kv_heads"], -1)[..., g, :]
+                for i in range(length):
+                    z = torch.einsum("tbd,tbjd->b", q[:, :, i], k[:, :, : i + 1]) / steps
+                    divisor[:, i, h] = z.abs().clamp(min=1)
+        return (parts / divisor[..., None]).reshape(train.shape)
 
     def decodes(self, element: dict[str, Any], train: Tensor) -> Tensor:
         return sum(weight * step for weight, step in zip(element["step_weights"], train, strict=True))
