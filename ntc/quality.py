@@ -169,7 +169,7 @@ def evaluate(
     tokens: Tokens,
     *,
     tuned: Program | None = None,
-    batch: int = 4,
+    batch: int = 2,
     resamples: int = RESAMPLES,
     level: float = 0.95,
     seed: int = 0,
