@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ntc.errors import DataError as DataError
     from ntc.errors import NtcError as NtcError
     from ntc.errors import PassError as PassError
+    from ntc.errors import TrainingError as TrainingError
     from ntc.errors import VerifyError as VerifyError
     from ntc.frontend import capture as capture
     from ntc.pipeline import Calibration as Calibration
@@ -37,11 +38,15 @@ if TYPE_CHECKING:
     from ntc.recipe import Settings as Settings
     from ntc.recipe import Step as Step
     from ntc.spike_type import SpikeType as SpikeType
+    from ntc.training.config import TrainingConfig as TrainingConfig
+    from ntc.training.run import Finetuned as Finetuned
+    from ntc.training.run import finetune as finetune
 
 __all__ = [
     "ArtifactError", "BackendError", "Calibration", "CaptureError", "Compilation", "ConfigError", "Context", "DataError",
-    "NtcError", "Override", "Pass", "PassError", "PassResult", "Program", "Recipe", "Settings", "SpikeType", "Step", "VerifyError",
-    "capture", "compile", "evaluate", "export", "load", "measure_energy", "run_pipeline", "write",
+    "Finetuned", "NtcError", "Override", "Pass", "PassError", "PassResult", "Program", "Recipe", "Settings", "SpikeType", "Step",
+    "TrainingConfig", "TrainingError", "VerifyError", "capture", "compile", "evaluate", "export", "finetune", "load",
+    "measure_energy", "run_pipeline", "write",
 ]  # fmt: skip
 
 # Public names by module. They are imported when they are first used: torch takes seconds, and `ntc --help` has no use for it.
@@ -51,7 +56,8 @@ _HOMES = {
     "compiler": ("Compilation", "export", "write"),
     "energy": ("measure_energy",),
     "errors": (
-        "ArtifactError", "BackendError", "CaptureError", "ConfigError", "DataError", "NtcError", "PassError", "VerifyError",
+        "ArtifactError", "BackendError", "CaptureError", "ConfigError", "DataError", "NtcError", "PassError", "TrainingError",
+        "VerifyError",
     ),
     "frontend": ("capture",),
     "pipeline": ("Calibration", "Context", "Override", "Pass", "PassResult", "run_pipeline"),
@@ -59,6 +65,8 @@ _HOMES = {
     "quality": ("evaluate",),
     "recipe": ("Recipe", "Settings", "Step"),
     "spike_type": ("SpikeType",),
+    "training.config": ("TrainingConfig",),
+    "training.run": ("Finetuned", "finetune"),
 }  # fmt: skip
 _LAZY = {name: (f"ntc.{module}", name) for module, names in _HOMES.items() for name in names}
 _LAZY["compile"] = ("ntc.compiler", "compile_model")

@@ -200,6 +200,7 @@ def write(
     emit: Sequence[str] = (),
     overwrite: bool = False,
     tokens: Tensor | None = None,
+    also: Callable[[Path], None] | None = None,
     progress: Progress = _silent,
 ) -> dict[str, Any]:
     """Write a compilation to a folder, with the artefacts asked for; returns what each back end measured.
@@ -210,6 +211,7 @@ def write(
         emit: Names of back ends.
         overwrite: Replace the program that is there.
         tokens: Token ids ``[B, L]`` on which back ends measure and check; by default the first windows of the calibration.
+        also: Called with the folder before it is sealed, to put more into it.
         progress: Called with (label, done, total).
 
     Raises:
@@ -225,6 +227,8 @@ def write(
             compilation.program, beside, analog=compilation.analog, tokenizer=compilation.tokenizer, about=compilation.about()
         )
         results = _emit(emitters, compilation.program, beside, compilation.analog, tokens, progress)
+        if also is not None:
+            also(beside)
         artifact.seal(beside, targets=results)
     return results
 

@@ -40,4 +40,10 @@ class BackendError(NtcError):
 
 
 class TrainingError(NtcError):
-    """A fine-tuning run that cannot go on: a number that is not finite, or a loss that grows and stays so."""
+    """A fine-tuning run that cannot go on: a number that is not finite, or a loss that grows and stays so.
+
+    Attributes:
+        best: The best program so far (``ntc.training.run.Finetuned``), if that was asked for.
+    """
+
+    best: object | None = None

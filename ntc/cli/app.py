@@ -21,6 +21,7 @@ from ntc.cli import (
     evaluate_command,
     explain_command,
     export_command,
+    finetune_command,
     list_commands,
 )
 from ntc.errors import NtcError
@@ -53,7 +54,9 @@ def _ntc(
     """Compile pretrained language models to spiking networks."""
 
 
-for _module in (check_command, compile_command, evaluate_command, energy_command, export_command, explain_command, list_commands):
+for _module in (
+    check_command, compile_command, finetune_command, evaluate_command, energy_command, export_command, explain_command, list_commands,
+):  # fmt: skip
     _module.add_to(app)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +14,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ntc.cli.finetune_command import config_from, show_finetuning, work_folder
 from ntc.cli.options import Recipe, SetOptions, SettingsFile, Steps, settings_from
 from ntc.cli.output import JsonFlag, Output, Report, VerboseFlag, count, data_size, duration, names, session, table
 from ntc.cli.tables import by_role, heading, show_attention, show_neurons, show_quality, show_targets
+from ntc.cli.training_progress import training_progress
 
 if TYPE_CHECKING:
     from ntc.compiler import Compilation
     from ntc.text import Tokens
+    from ntc.training.config import TrainingConfig
+    from ntc.training.run import Finetuned
 
 __all__ = ["add_to"]
 
@@ -25,6 +32,8 @@ __all__ = ["add_to"]
 _CALIBRATION_TOKENS = 1024
 _EVALUATION_TOKENS = 4096
 _ENERGY_TOKENS = 512
+
+_TUNE = "Fine-tuning (ntc finetune has more options)"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,7 +43,8 @@ def add_to(app: typer.Typer) -> None:
         epilog="Examples:\n\n"
         "ntc compile examples/gpt2-books -o build/demo --steps 4 --emit onnx,netlist,energy\n\n"
         "ntc compile gpt2 -o build/gpt2 --calibration my.txt --set activation=relu --overwrite\n\n"
-        "ntc compile examples/gpt2-books -o build/ffn --recipe ffn-only --steps 32 --evaluate held-out.txt --json",
+        "ntc compile examples/gpt2-books -o build/ffn --recipe ffn-only --steps 32 --evaluate held-out.txt --json\n\n"
+        "ntc compile examples/gpt2-books -o build/tuned --finetune books.txt.xz --finetune-minutes 30",
     )(compile_)
 
 
@@ -53,6 +63,15 @@ def compile_(
         Path | None, typer.Option(help="Held-out text for the quality in the closing table (default: the calibration text).")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality and energy for the closing table.")] = True,
+    finetune: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Fine-tune on this text, too; may be given more than once.", rich_help_panel=_TUNE),
+    ] = None,
+    finetune_tokens: Annotated[int | None, typer.Option(help="Tokens to train on (default: one million).", rich_help_panel=_TUNE)] = None,
+    finetune_minutes: Annotated[float | None, typer.Option(help="Minutes to train for, instead.", rich_help_panel=_TUNE)] = None,
+    group: Annotated[
+        str | None, typer.Option(help="What is trained: ssa, thresholds, ffn or all (default).", rich_help_panel=_TUNE)
+    ] = None,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
@@ -61,9 +80,10 @@ def compile_(
     Quality in the closing table is measured on --evaluate TEXT if that is given, else on the calibration text, and says so.
     """
     with session(as_json, verbose) as out_put:
+        options = {"max_tokens": finetune_tokens, "max_minutes": finetune_minutes, "group": group}
         data = _compile(
             out_put, model, out, recipe, settings_from(settings, set_, steps, percentile), calibration, names(emit), overwrite,
-            evaluate, measure,
+            evaluate, measure, finetune or [], _training_config(finetune, options),
         )  # fmt: skip
         for warning in data["warnings"]:
             out_put.warn(warning)
@@ -72,12 +92,13 @@ def compile_(
 
 def _compile(
     output: Output, model: str, out: Path, recipe: str, settings: Any, calibration: Path | None, emit: list[str], overwrite: bool,
-    evaluate: Path | None, measure: bool,
+    evaluate: Path | None, measure: bool, texts: list[str], training: TrainingConfig | None,
 ) -> dict[str, Any]:  # fmt: skip
     from ntc.compiler import compile_model, write
     from ntc.folders import check_output
     from ntc.registry import backend
     from ntc.text import read_text
+    from ntc.training.sources import find_parts
 
     started = time.perf_counter()
     # Everything that can be wrong is looked at before the work begins.
@@ -86,9 +107,18 @@ def _compile(
         backend(name)
     if evaluate is not None:
         read_text(evaluate)
+    if texts:
+        find_parts(texts, "train")
     with output.progress() as report:
         done = compile_model(model, recipe=recipe, settings=settings, calibration=calibration, progress=report)
-        seconds = dict(done.seconds)
+    seconds = dict(done.seconds)
+    tuned = None
+    if training is not None:
+        now = time.perf_counter()
+        tuned = _finetune(output, done, texts, training, work_folder(out))
+        done = replace(done, program=tuned.program)
+        seconds["finetune"] = time.perf_counter() - now
+    with output.progress() as report:
         tokens = _tokens(done, evaluate)
         quality = None
         if measure:
@@ -96,11 +126,46 @@ def _compile(
             quality = _quality(done, tokens, report)
             seconds["evaluate"] = time.perf_counter() - now
         now = time.perf_counter()
-        targets = write(done, out, emit=emit, overwrite=overwrite, tokens=tokens.windows[:2], progress=report)
+        targets = write(
+            done, out, emit=emit, overwrite=overwrite, tokens=tokens.windows[:2], also=_adding(tuned), progress=report,
+        )  # fmt: skip
+        if tuned is not None:
+            _forget(work_folder(out))
         seconds["write"] = time.perf_counter() - now
         energy = _energy(done, out, emit, tokens, report) if measure else None
         seconds["all"] = time.perf_counter() - started
-    return _result(done, out, tokens, evaluate, quality, energy, targets, seconds)
+    return {**_result(done, out, tokens, evaluate, quality, energy, targets, seconds), "finetune": tuned and tuned.to_json()}
+
+
+def _training_config(texts: list[str] | None, options: dict[str, Any]) -> TrainingConfig | None:
+    from ntc.errors import ConfigError
+
+    if texts:
+        return config_from(options)
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(f"--{given[0].replace('max_', 'finetune-')} is for fine-tuning: give the text to train on, --finetune TEXT")
+    return None
+
+
+def _finetune(output: Output, done: Compilation, texts: list[str], config: TrainingConfig, work: Path) -> Finetuned:
+    """The compiled program trained against the network that it was just made from."""
+    from ntc.training.run import finetune
+
+    with training_progress(output) as news:
+        return finetune(done.program, texts, config=config, teacher=done.analog, tokenizer=done.tokenizer, work=work, news=news)
+
+
+def _adding(tuned: Finetuned | None) -> Callable[[Path], None] | None:
+    from ntc.training.record import add_training_files
+
+    return None if tuned is None else partial(add_training_files, tuned)
+
+
+def _forget(work: Path) -> None:
+    from ntc.training.checkpoint import remove
+
+    remove(work)
 
 
 def _tokens(done: Compilation, evaluate: Path | None) -> Tokens:
@@ -184,6 +249,8 @@ def _show(console: Console, data: dict[str, Any]) -> None:
         remark = quality["data"] + ("; the text that thresholds came from, so a bit flattering" if quality["on_calibration_text"] else "")
         show_neurons(console, data["roles"], data, f"per token, {quality['data']}")
         show_quality(console, quality, remark)
+    if data["finetune"]:
+        show_finetuning(console, data["finetune"])
     if data["energy"]:
         energy = data["energy"]
         uncounted = f", {100 * energy['uncounted_share']:.1f} % of MACs not counted" if energy["uncounted_share"] else ""

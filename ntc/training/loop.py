@@ -35,13 +35,13 @@ from ntc.training.state import News, Outcome, RunState
 from ntc.training.validation import Validation, validate
 from ntc.training.watch import Divergence, NeuronWatch, first_non_finite
 
-__all__ = ["Trainer", "optimizer_for"]
+__all__ = ["RATE_MARGIN", "Trainer", "optimizer_for"]
 
 logger = logging.getLogger("ntc.training")
 
 _TIMED_STEPS = 10  # after so many the speed is known
 _TIME_MARGIN = 0.98  # of the minutes are planned: the cosine should end before they do
-_RATE_MARGIN = 1.02  # above a target rate: noise of a validation text
+RATE_MARGIN = 1.02  # above a target rate: noise of a validation text
 
 _ENDS = ("", "steps", "time", "patience")
 
@@ -112,7 +112,7 @@ class Trainer:
         self.stop_after = stop_after
         self.state = RunState(steps=config.steps() if steps is None else steps)
         self.divergence, self.neurons = Divergence(), NeuronWatch()
-        self.resumed = False
+        self.resumed_step: int | None = None
         self._timed: list[float] = []
         self._latest: dict[str, Any] = {}
         self._label = "" if work.name == "training" else f"{work.name}: "
@@ -293,7 +293,7 @@ class Trainer:
     def _key(self, found: Validation) -> list[float]:
         """Smaller is better: by perplexity; above the target rate by that rate, and behind all that keep to it."""
         target = self.config.target_rate
-        if target is None or not self.config.rate_weight or found.attention_rate <= _RATE_MARGIN * target:
+        if target is None or not self.config.rate_weight or found.attention_rate <= RATE_MARGIN * target:
             return [0.0, found.perplexity]
         return [1.0, found.attention_rate / target]
 
@@ -315,7 +315,7 @@ class Trainer:
 
     def _warn(self, message: str) -> None:
         self.state.warnings.append(self._label + message)
-        logger.warning("%s", self._label + message)
+        self.news(News("warning", message=self._label + message))
 
     def _say(self, stage: str, done: int | None = None, total: int | None = None) -> None:
         s = self.state
@@ -362,7 +362,8 @@ class Trainer:
         self.work.rewrite(self.state.rows)
         for row in self.state.rows:
             self._latest |= row
-        self.resumed = True
+        self.resumed_step = self.state.step
+        self.news(News("resume", message=f"{self._label}going on from step {self.state.step} of the run in {self.work.folder}"))
 
     def _raw(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.form.raw.items()}

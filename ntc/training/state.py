@@ -18,16 +18,19 @@ class News:
     """What a run is doing, for a progress bar.
 
     Attributes:
-        stage: ``compile``, ``validate`` or ``train``, with the name of the run before it if that is not ``training``.
+        stage: ``load``, ``read``, ``compile``, ``validate``, ``train``, with ``baseline: `` before it for that run; ``resume`` and
+            ``warning`` come with a message.
         done: Steps or windows done.
         total: Of how many; 0 while unknown.
         figures: Latest values of the log's columns, and ``seconds_left``.
+        message: A sentence to show: that a run goes on where it was, or a warning.
     """
 
     stage: str
     done: int = 0
     total: int = 0
     figures: Mapping[str, Any] = field(default_factory=dict)
+    message: str = ""
 
 
 @dataclass

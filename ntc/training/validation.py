@@ -52,7 +52,8 @@ class Validation:
         row: dict[str, Any] = {"valid_perplexity": self.perplexity}
         if self.populations:
             row |= {
-                "firing_rate": self.firing_rate, "rates": {label_of[p.name]: p.firing_rate for p in self.populations},
+                "firing_rate": self.firing_rate, "attention_rate": self.attention_rate,
+                "rates": {label_of[p.name]: p.firing_rate for p in self.populations},
                 "dead": shares(lambda p: p.dead), "saturated": shares(lambda p: p.saturated),
             }  # fmt: skip
         return row

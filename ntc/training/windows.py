@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntc.errors import DataError
+from ntc.text import Tokens
 
 __all__ = ["Corpus", "PackedCorpus"]
 
@@ -129,6 +131,29 @@ class PackedCorpus(Corpus):
         windows = [self._ids[start : start + self.window] for start in self._starts[first : first + rows]]
         return torch.from_numpy(np.stack(windows).astype(np.int64))
 
+    def split(self, windows: int) -> tuple[PackedCorpus, Tokens]:
+        """Hold out the end of the text: the corpus without its last ``windows`` windows, and those, for validation.
+
+        The hash of the rest is derived from that of the whole and the number of tokens held out, not taken over its ids.
+
+        Raises:
+            DataError: If nothing is left to train on.
+        """
+        count = windows * self.window
+        if not 0 < count < len(self._ids) - self.window:
+            raise DataError(
+                f"{self._name} has {len(self._ids):,} tokens, too few to hold out {windows} windows of {self.window} for validation: "
+                "give a validation text, or shorter windows"
+            )
+        digest = hashlib.sha256(f"{self.sha256} without its last {count} tokens".encode()).hexdigest()
+        ids = torch.from_numpy(self._ids[-count:].astype(np.int64)).view(windows, self.window)
+        held_out = Tokens(ids, f"end of {self._name}, {count:,} tokens in windows of {self.window}", _sha256_of(ids))
+        return PackedCorpus(self._ids[:-count], self.window, self.seed, self._name, digest), held_out
+
     def state_dict(self) -> dict[str, Any]:
         """What the windows depend on: with that and the number of a step, they are known."""
         return {"sha256": self.sha256, "window": self.window, "seed": self.seed}
+
+
+def _sha256_of(ids: Tensor) -> str:
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
