@@ -154,5 +154,8 @@ PositionScale (current, table) => (y)
 }
 """
 POSITION_SCALE = register(
-    OpSpec(target=torch.ops.ntc.position_scale.default, infer=_infer, count=_count, element="scale", kind="attention", onnx=_ONNX)
+    OpSpec(
+        target=torch.ops.ntc.position_scale.default, infer=_infer, count=_count, element="scale", kind="attention", onnx=_ONNX,
+        traced=_scaled,  # the kernel is plain torch operations
+    )
 )

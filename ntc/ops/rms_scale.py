@@ -1,12 +1,12 @@
 r"""Divide each token and head by its root mean square over the channels, taken on the decoded value.
 
     m_i[c]    = mean over t of x(t)_i[c]                              the value that the current stands for
-    r_i[h]    = 1 / sqrt(mean over the channels c of head h of m_i[c]**2 + eps)
-    y(t)_i[c] = x(t)_i[c] r_i[h]
+    r_i[h]    = sqrt(mean over the channels c of head h of m_i[c]**2 + eps)
+    y(t)_i[c] = x(t)_i[c] / r_i[h]
 
 The normaliser of RetNet (Sun et al. 2023, arXiv 2307.08621: a group norm per head behind retention, without its mean) for a
-current over time steps. One factor for all steps of a token, made from their mean: so it commutes with the decode of the
-rate code, ``mean_t y(t) = m r``, and T steps need no T norms. It looks at no other token, and streams; but the factor is
+current over time steps. One divisor for all steps of a token, made from their mean: so it commutes with the decode of the
+rate code, ``mean_t y(t) = m / r``, and T steps need no T norms. It looks at no other token, and streams; but the divisor is
 known only when all T steps of the token are there.
 """
 
@@ -33,16 +33,16 @@ def _check(current: Tensor, heads: int) -> None:
 
 
 def _parts(current: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The current per head ``[T, B, L, H, D]``, its mean ``m`` and the factor ``r``, at least in float32."""
+    """The current per head ``[T, B, L, H, D]``, its mean ``m`` and the root ``r``, at least in float32."""
     x = current.to(torch.promote_types(current.dtype, torch.float32)).reshape(*current.shape[:-1], heads, -1)
     x = x if current.dim() == 4 else x.unsqueeze(0)
     mean = x.mean(0)
-    return x, mean, (mean.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x, mean, (mean.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 def _scaled(current: Tensor, heads: int, eps: float) -> Tensor:
-    x, _, factor = _parts(current, heads, eps)
-    return (x * factor).reshape(current.shape).to(current.dtype)
+    x, _, root = _parts(current, heads, eps)
+    return (x / root).reshape(current.shape).to(current.dtype)
 
 
 @torch.library.custom_op("ntc::rms_scale", mutates_args=())
@@ -76,13 +76,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    """``dL/dx(t)[c] = r g(t)[c] - r**3 m[c] / (T D) sum_{t', c'} g(t')[c'] x(t')[c']`` per token and head."""
+    """``dL/dx(t)[c] = g(t)[c] / r - m[c] / (T D r**3) sum_{t', c'} g(t')[c'] x(t')[c']`` per token and head."""
     (current,) = ctx.saved_tensors
-    x, mean, factor = _parts(current, ctx.heads, ctx.eps)
+    x, mean, root = _parts(current, ctx.heads, ctx.eps)
     g = grad.to(x.dtype).reshape(x.shape)
-    to_factor = (g * x).sum((0, -1)).unsqueeze(-1)
-    to_mean = -to_factor * factor**3 * mean / x.shape[-1]
-    return (g * factor + to_mean / x.shape[0]).reshape(current.shape).to(current.dtype), None, None
+    shared = (g * x).sum((0, -1)).unsqueeze(-1)
+    to_mean = -shared * mean / (root**3 * x.shape[-1])
+    return (g / root + to_mean / x.shape[0]).reshape(current.shape).to(current.dtype), None, None
 
 
 rms_scale.register_autograd(_backward, setup_context=_setup)
@@ -92,7 +92,7 @@ def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     x, eps = node.args[0], node.args[2]
     assert isinstance(x, Node) and isinstance(eps, float)
     given = type_of(x)
-    # The factor is made of the mean over the steps: of a train that decodes otherwise it would not be the value's norm.
+    # The divisor is made of the mean over the steps: of a train that decodes otherwise it would not be the value's norm.
     if not isinstance(given, Analog) and not (isinstance(given, CurrentType) and given.code == "rate"):
         raise TypeMismatch(f"rms_scale takes a rate-coded current or an analog value, and %{x.name} is {given}", x)
     if not eps > 0:
@@ -132,11 +132,13 @@ RmsScale <heads, eps> (current) => (y)
     epsilon_like = CastLike(epsilon, current)
     raised = Add(power, epsilon_like)
     root = Sqrt(raised)
-    factor = Reciprocal(root)
-    scaled = Mul(x, factor)
+    scaled = Div(x, root)
     y = Reshape(scaled, whole)
 }
 """
 RMS_SCALE = register(
-    OpSpec(target=torch.ops.ntc.rms_scale.default, infer=_infer, count=_count, element="scale", kind="attention", onnx=_ONNX)
+    OpSpec(
+        target=torch.ops.ntc.rms_scale.default, infer=_infer, count=_count, element="scale", kind="attention", onnx=_ONNX,
+        traced=_scaled,  # the kernel is plain torch operations
+    )
 )

@@ -183,5 +183,8 @@ RowSumScale <heads, kv_heads> (current, query, key) => (y)
 }
 """
 ROW_SUM_SCALE = register(
-    OpSpec(target=torch.ops.ntc.row_sum_scale.default, infer=_infer, count=_count, element="scale", kind="attention", onnx=_ONNX)
+    OpSpec(
+        target=torch.ops.ntc.row_sum_scale.default, infer=_infer, count=_count, element="scale", kind="attention", onnx=_ONNX,
+        traced=_scaled,  # the kernel is plain torch operations
+    )
 )

@@ -101,3 +101,12 @@ def test_a_constant_factor_that_is_not_positive_is_refused():
 def test_counting():
     x = torch.ones(4, 2, 3, 5)
     assert counts(OP, [operand(x, CURRENT)], operand(x, CURRENT)) == Counts(elementwise=120)
+
+
+def test_the_traced_form_is_the_same_function():
+    traced = SPECS[OP].traced
+    for more in ([], [random(2, 6, dtype=torch.float32, low=0.1)]):
+        x = random(2, 3, 4, dtype=torch.float32)
+        assert torch.equal(traced(x, *more), position_scale(x, *more))
+        for a, b in zip(*(torch.autograd.grad((f(x, *more) ** 2).sum(), [x, *more]) for f in (traced, position_scale)), strict=True):
+            torch.testing.assert_close(a, b)

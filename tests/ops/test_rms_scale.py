@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import CURRENT, RATE, SPIKES, counts, infer, operand, random, same_layout
 
-from ntc.ops import Counts, TypeMismatch, decode, rms_scale
+from ntc.ops import SPECS, Counts, TypeMismatch, decode, rms_scale
 from ntc.spike_type import ANALOG, INDEX, CurrentType
 
 OP = torch.ops.ntc.rms_scale.default
@@ -90,3 +90,9 @@ def test_counting():
     x = torch.ones(4, 2, 3, 5)
     assert counts(OP, [operand(x, CURRENT)], operand(x, CURRENT)) == Counts(elementwise=120 + 120 + 60)
     assert counts(OP, [operand(x[0])], operand(x[0])) == Counts(elementwise=30 + 60)
+
+
+def test_the_traced_form_is_the_same_function():
+    x, traced = random(3, 2, 3, 4), SPECS[OP].traced
+    assert torch.equal(traced(x, 2, 1e-5), rms_scale(x, 2, 1e-5))
+    torch.testing.assert_close(*(torch.autograd.grad((f(x, 2, 1e-5)[..., :2] ** 2).sum(), x) for f in (traced, rms_scale)))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from op_cases import CURRENT, GRADED, RATE, SPIKES, TERNARY, counts, infer, operand, random, same_layout
 from torch import Tensor
 
-from ntc.ops import Counts, TypeMismatch, decode, row_sum_scale, spiking_attention
+from ntc.ops import SPECS, Counts, TypeMismatch, decode, row_sum_scale, spiking_attention
 from ntc.spike_type import ANALOG, INDEX, CurrentType, SpikeType
 
 OP = torch.ops.ntc.row_sum_scale.default
@@ -119,3 +119,10 @@ def test_counting():
     given = [operand(x, CURRENT), operand(q, SPIKES), operand(k, SPIKES)]
     assert counts(OP, given, operand(x, CURRENT), 4, 2) == Counts(elementwise=192, acs=float(q.count_nonzero() + k.count_nonzero()))
     assert counts(OP, [operand(x[0]), operand(q[0]), operand(k[0])], operand(x[0]), 4, 2) == Counts(elementwise=48 + 24, macs=48)
+
+
+def test_the_traced_form_is_the_same_function():
+    given, traced = [random(3, 2, 3, 4, seed=n) for n in range(3)], SPECS[OP].traced
+    assert torch.equal(traced(*given, 2, 2), row_sum_scale(*given, 2, 2))
+    for a, b in zip(*(torch.autograd.grad((f(*given, 2, 2) ** 2).sum(), given) for f in (traced, row_sum_scale)), strict=True):
+        torch.testing.assert_close(a, b)
