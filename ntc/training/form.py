@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
-from ntc.blocks import block_outputs
+from ntc.blocks import block_outputs, layer_outputs
 from ntc.errors import ConfigError
 from ntc.meta import NEURON, block_of
 from ntc.ops import aten, spec_of
@@ -43,13 +43,16 @@ class Outputs(NamedTuple):
 
     Attributes:
         logits: ``[B, L, V]``.
-        hidden: The residual stream behind every block, ``[B, L, C]`` each.
+        hidden: The residual stream behind every block, ``[B, L, C]`` each; of a form ``by_layer``, what every attention and FFN
+            adds to it.
         rates: Spikes per token and step of every neuron, ``[C]`` per population; those of ``populations``.
+        stream: Of a form ``by_layer``: the residual stream behind every one of these, ``[B, L, C]``.
     """
 
     logits: Tensor
     hidden: tuple[Tensor, ...]
     rates: tuple[Tensor, ...]
+    stream: tuple[Tensor, ...] = ()
 
 
 class Population(NamedTuple):
@@ -77,6 +80,9 @@ class TrainingForm(nn.Module):
         width: Width of the surrogate, as a fraction of the threshold; None likewise.
         bf16: Run matrix products in bfloat16 (autocast). Membranes stay in float32.
         checkpointing: Do not keep the membrane potentials of the T steps for the backward pass, compute them again.
+        by_layer: Let ``hidden`` be what every attention and FFN adds to the residual stream, and ``stream`` that stream.
+        forced: ``forward`` takes the streams of a teacher (its ``Outputs.stream``), and every attention and FFN reads those: no
+            layer then sees the errors of the ones before it, and none learns from those behind it.
     """
 
     def __init__(
@@ -88,6 +94,8 @@ class TrainingForm(nn.Module):
         width: float | None = None,
         bf16: bool = False,
         checkpointing: bool = False,
+        by_layer: bool = False,
+        forced: bool = False,
     ) -> None:
         super().__init__()
         self.program = program
@@ -103,12 +111,19 @@ class TrainingForm(nn.Module):
                 self.register_buffer(self._keys[name], tensor.detach().clone(), persistent=False)
         work = program.copy()
         blocks = block_outputs(work)
+        hidden = list(blocks.values())
+        stream: list[Node] = []
         self.blocks: tuple[str, ...] = tuple(blocks)
+        if by_layer:
+            layers, hidden, stream = _layers(work)
+            self.blocks = tuple(layers)
         populations = [n for n in work.graph.nodes if n.op == "call_function" and _is_population(n)]
         self.populations = tuple(_population(n) for n in populations)
         _set_surrogate(populations, surrogate, width)
+        _return_more(work.graph, hidden, populations, stream)  # first: from then on the graph itself keeps track of its results
         _decode_early(work.graph)
-        _return_more(work.graph, list(blocks.values()), populations)
+        if forced:
+            _force(work.graph, stream)
         _trace(work.graph, checkpointing)
         self._inputs = _tensors_to_inputs(work.graph)
         self._run = GraphModule(nn.Module(), work.graph, "TrainingForm")
@@ -125,12 +140,12 @@ class TrainingForm(nn.Module):
         assert isinstance(value, Tensor)
         return value
 
-    def forward(self, input_ids: Tensor) -> Outputs:
-        """Token ids ``[B, L]`` to logits, hidden states and rates."""
+    def forward(self, input_ids: Tensor, forced: tuple[Tensor, ...] = ()) -> Outputs:
+        """Token ids ``[B, L]`` (and, if the form is forced, a teacher's streams) to logits, hidden states and rates."""
         context = torch.autocast("cpu", dtype=torch.bfloat16) if self.bf16 else nullcontext()
         with context:
-            logits, hidden, rates = self._run(input_ids, *[self._value(name) for name in self._inputs])
-        return Outputs(logits, tuple(hidden), tuple(rates))
+            found = self._run(input_ids, *forced, *[self._value(name) for name in self._inputs])
+        return Outputs(*found)
 
     def to_program(self) -> Program:
         """The program with the trained values: its own graph, exact kernels, new tensors."""
@@ -192,12 +207,37 @@ def _is_linear(node: Node) -> bool:
     return isinstance(other, Node) and other.op == "get_attr"
 
 
-def _return_more(graph: Graph, hidden: list[Node], populations: list[Node]) -> None:
-    """Let the graph return logits, hidden states and firing rates per neuron."""
+def _layers(work: Program) -> tuple[list[str], list[Node], list[Node]]:
+    """What every attention and FFN adds to the residual stream, by name, and the sum behind each."""
+    names: list[str] = []
+    added: list[Node] = []
+    stream: list[Node] = []
+    for layer in layer_outputs(work):
+        if layer.where != "block":
+            names.append(f"{layer.block}.{layer.where}")
+            added.append(layer.node)
+            stream.append(next(u for u in layer.node.users if u.target is aten.add.Tensor))
+    return names, added, stream
+
+
+def _force(graph: Graph, stream: list[Node]) -> None:
+    """Put a teacher's residual stream, a new input, in place of each of these sums."""
+    last = next(n for n in graph.nodes if n.op == "placeholder")
+    given: list[Node] = []
+    for number in range(len(stream)):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"stream_{number}")
+        given.append(last)
+    for node, value in zip(stream, given, strict=True):
+        node.replace_all_uses_with(value)
+
+
+def _return_more(graph: Graph, hidden: list[Node], populations: list[Node], stream: list[Node]) -> None:
+    """Let the graph return what ``Outputs`` holds."""
     output = next(n for n in graph.nodes if n.op == "output")
     with graph.inserting_before(output):
         rates = [graph.call_function(_rate_of, (n,)) for n in populations]
-    output.args = ((output.args[0], tuple(hidden), tuple(rates)),)
+    output.args = ((output.args[0], tuple(hidden), tuple(rates), tuple(stream)),)
 
 
 def _rate_of(spikes: Tensor) -> Tensor:
@@ -226,7 +266,7 @@ def _recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _tensors_to_inputs(graph: Graph) -> list[str]:
     """Turn constants into inputs behind the token ids, so that they may be computed ones; returns their names in order."""
     inputs: dict[str, Node] = {}
-    last = next(n for n in graph.nodes if n.op == "placeholder")
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         name = str(node.target)
         if name not in inputs:
