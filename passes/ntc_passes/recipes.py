@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ntc.recipe import Recipe, Step
 
-__all__ = ["FFN_ONLY", "NEURTRANSFORMER"]
+__all__ = ["ATTENTION", "FFN_ONLY", "NEURTRANSFORMER"]
+
+ATTENTION: Mapping[str, Any] = {"normalizer": "position"}
+"""Options of replace-attention that the recipe chooses (benchmarks/attention_variants.py compares them)."""
 
 NEURTRANSFORMER = Recipe(
     name="neurtransformer",
@@ -15,7 +21,7 @@ NEURTRANSFORMER = Recipe(
     steps=(
         Step("canonicalize"),
         Step("calibrate"),
-        Step("replace-attention"),  # before convert-ffn only for the reader: neither sees the other's result
+        Step("replace-attention", ATTENTION),  # before convert-ffn only for the reader: neither sees the other's result
         Step("convert-ffn"),
         Step("fold-thresholds"),  # before insert-neurons, where it is exact to rounding and not up to threshold ties
         Step("insert-neurons"),

@@ -64,7 +64,7 @@ class Options:
         if not isinstance(self.tau, int | float) or isinstance(self.tau, bool) or not 1 <= self.tau < float("inf"):
             raise ValueError(f"tau must be a number of steps of at least 1, got {self.tau!r}")
         if self.neuron == "lif" and (signed := [name for name in signs if getattr(self, name)]):
-            raise ValueError(f"leaky neurons are binary, and {' and '.join(signed)} asks for ternary ones: set it to false for 'lif'")
+            raise ValueError(f"leaky neurons are binary, and {' and '.join(signed)} would be ternary: set to false for 'lif'")
 
     @property
     def leaky(self) -> bool:
