@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from programs import CALIBRATION, CONTEXT, calibrated, context, nano
 from torch import Tensor
 
+from ntc.artifact import load, save, seal
 from ntc.errors import PassError
 from ntc.meta import NEURON, NeuronSpec
 from ntc.ops import spiking_attention
@@ -313,3 +315,14 @@ def test_a_leaky_annotation_that_cannot_be_is_an_error(spec: NeuronSpec, message
     program.find("h_0_attn_attention_v_rate").meta[NEURON] = spec
     with pytest.raises(PassError, match=message):
         run_pipeline(program, [InsertNeurons()])
+
+
+@pytest.mark.parametrize("variant", ["learned-position", "channel-leak", "leak-rms", "row-sum", "lif"])
+def test_a_compiled_folder_holds_every_variant(variant: str, tmp_path: Path) -> None:
+    spiking = run_pipeline(replaced(variant), [InsertNeurons()])
+    save(spiking, tmp_path, analog=calibrated(n_layer=1), about={})
+    seal(tmp_path)
+    back = load(tmp_path)
+    assert torch.equal(back(spiking.example), spiking(spiking.example))
+    specs = [{n.name: n.meta[NEURON] for n in p.graph.nodes if NEURON in n.meta} for p in (back, spiking)]
+    assert specs[0] == specs[1] != {}
