@@ -57,6 +57,9 @@ def finetune(
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Windows per step, over all processes.", rich_help_panel=_HOW)] = None,
     accumulate: Annotated[int | None, typer.Option(help="Pieces that a step is run in; takes less memory.", rich_help_panel=_HOW)] = None,
+    blockwise_tokens: Annotated[
+        int | None, typer.Option(help="First fit every layer to the original's by itself, on so many tokens.", rich_help_panel=_HOW)
+    ] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens per window (default: the context, at most 256).", rich_help_panel=_HOW)
     ] = None,
@@ -116,7 +119,8 @@ def finetune(
     Checkpoints and log lie in OUT.work until it is done: the same command goes on where a kill stopped it.
     """
     options = {
-        "max_tokens": max_tokens, "max_minutes": max_minutes, "group": group, "surrogate": surrogate, "surrogate_width": width, "lr": lr,
+        "max_tokens": max_tokens, "max_minutes": max_minutes, "blockwise_tokens": blockwise_tokens,
+        "group": group, "surrogate": surrogate, "surrogate_width": width, "lr": lr,
         "neuron_lr": neuron_lr, "rows": rows, "accumulate": accumulate, "window": window, "seed": seed, "compile": compile, "bf16": bf16,
         "checkpointing": checkpointing, "kl": kl, "ce": ce, "hidden": hidden, "target_rate": target_rate, "rate": rate,
         "validation_windows": validation_windows, "validate_every": validate_every, "patience": patience, "save_every": save_every,

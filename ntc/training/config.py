@@ -34,6 +34,9 @@ class TrainingConfig:
         max_tokens: Tokens to train on, rounded to whole steps. Without this and ``max_minutes``: one million.
         max_minutes: Time to train for, everything but reading the text included. It becomes a number of steps as soon as
             the speed is known, and is a limit besides.
+        blockwise_tokens: Tokens on which every attention and FFN is fitted to the original's by itself, before training end to end
+            on further ones (``ntc.training.blockwise``).
+        blockwise_lr: Peak learning rate of that [default: twice ``lr``].
         window: Tokens per window [default: the context of the model, at most 256].
         rows: Windows per step, over all processes and pieces.
         accumulate: Pieces that the windows of a step are run in, one after another; takes less memory, same gradient.
@@ -66,6 +69,8 @@ class TrainingConfig:
     group: str = "all"
     max_tokens: int | None = None
     max_minutes: float | None = None
+    blockwise_tokens: int = 0
+    blockwise_lr: float | None = None
     window: int | None = None
     rows: int = 16
     accumulate: int = 1
@@ -110,7 +115,8 @@ class TrainingConfig:
         self._whole("window", 2)
         self._whole("warmup", 0)
         self._whole("seed", 0)
-        for name in ("max_minutes", "lr", "neuron_lr", "clip", "surrogate_width", "target_rate", "save_minutes"):
+        self._whole("blockwise_tokens", 0)
+        for name in ("max_minutes", "lr", "neuron_lr", "blockwise_lr", "clip", "surrogate_width", "target_rate", "save_minutes"):
             self._number(name, positive=True)
         for name in ("weight_decay", "ce", "kl", "hidden", "rate"):
             self._number(name, positive=False)
@@ -145,7 +151,7 @@ class TrainingConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether a loss compares with the original network."""
-        return bool(self.kl or self.hidden)
+        return bool(self.kl or self.hidden or self.blockwise_tokens)
 
     @property
     def rate_weight(self) -> float:
@@ -177,11 +183,19 @@ class TrainingConfig:
         """Steps for ``max_tokens``, at least one; None if the time decides."""
         return None if self.max_tokens is None else max(1, round(self.max_tokens / self.step_tokens))
 
+    def for_blockwise(self) -> TrainingConfig:
+        """How the layers are fitted one by one, before the rest."""
+        lr = 2 * self.lr if self.blockwise_lr is None else self.blockwise_lr
+        return replace(
+            self, max_tokens=self.blockwise_tokens, max_minutes=None, blockwise_tokens=0, blockwise_lr=None, lr=lr, ce=0.0, kl=0.0,
+            hidden=1.0, patience=None,
+        )  # fmt: skip
+
     def for_baseline(self, lr: float | None = None) -> TrainingConfig:
         """How the original network is trained on the same windows: cross entropy alone, without neurons."""
         return replace(
             self, lr=self.lr if lr is None else lr, neuron_lr=None, ce=1.0, kl=0.0, hidden=0.0, rate=None, target_rate=None,
-            surrogate=None, surrogate_width=None, checkpointing=False, patience=None,
+            surrogate=None, surrogate_width=None, checkpointing=False, patience=None, blockwise_tokens=0, blockwise_lr=None,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:

@@ -83,6 +83,9 @@ class Trainer:
         identity: What the run is besides its options (hashes of program, data, ...): a checkpoint with another is refused.
         steps: Steps that the learning rate is planned for [default: from tokens or minutes].
         stop_after: Steps to take of those [default: all].
+        first_step: Steps whose windows were trained on before.
+        first_seconds: Time that this took; counts towards ``max_minutes``.
+        objective: What makes a loss of form, teacher and options.
         constants: More columns for the log's validation rows, such as the perplexity of the original.
         news: Called after every step and during validation.
 
@@ -103,14 +106,17 @@ class Trainer:
         identity: Mapping[str, Any],
         steps: int | None = None,
         stop_after: int | None = None,
+        first_step: int = 0,
+        first_seconds: float = 0.0,
+        objective: type[Objective] = Objective,
         constants: Mapping[str, float] | None = None,
         news: Callable[[News], None] = _nobody,
     ) -> None:
         self.form, self.corpus, self.validation, self.config, self.work = form, corpus, validation, config, work
         self.accelerator, self.constants, self.news = accelerator, dict(constants or {}), news
         self.identity = {"config": config.to_json(), **identity}
-        self.stop_after = stop_after
-        self.state = RunState(steps=config.steps() if steps is None else steps)
+        self.stop_after, self.first_step = stop_after, first_step
+        self.state = RunState(steps=config.steps() if steps is None else steps, seconds=first_seconds)
         self.divergence, self.neurons = Divergence(), NeuronWatch()
         self.resumed_step: int | None = None
         self._timed: list[float] = []
@@ -119,7 +125,7 @@ class Trainer:
         optimizer = optimizer_for(form, config)
         self._restore(optimizer)  # before prepare(), which gives all processes the parameters of the first
         self._last_save = self._clock = time.perf_counter()
-        self.objective, self.optimizer = accelerator.prepare(Objective(form, teacher, config, compile=bool(config.compile)), optimizer)
+        self.objective, self.optimizer = accelerator.prepare(objective(form, teacher, config, compile=bool(config.compile)), optimizer)
 
     # -------------------------------------------------------------------------------------------- the run
 
@@ -180,7 +186,7 @@ class Trainer:
             group["lr"] = group["peak"] * share
         started = time.perf_counter()
         with undisturbed():
-            windows = self.corpus.batch(s.step, self.config.rows // world, self.accelerator.process_index, world)
+            windows = self.corpus.batch(self.first_step + s.step, self.config.rows // world, self.accelerator.process_index, world)
             values, rates = self._step(windows)
             took = time.perf_counter() - started
             s.step += 1

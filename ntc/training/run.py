@@ -14,6 +14,7 @@ from ntc.errors import ConfigError, TrainingError
 from ntc.frontend import load_tokenizer
 from ntc.program import Program
 from ntc.text import Tokens
+from ntc.training.blockwise import BlockwiseObjective
 from ntc.training.checkpoint import WorkFolder, locked, plain_row
 from ntc.training.config import TrainingConfig
 from ntc.training.corpus import Corpus
@@ -170,18 +171,27 @@ def finetune(
         second = None if untuned is None else _Baseline(untuned, config.for_baseline(baseline_lr), common)
         known = original or untuned
         ann = validate(known, held_out).perplexity if known is not None and accelerator.is_main_process else None
+        blockwise = None
+        start = program
+        if config.blockwise_tokens:
+            assert original is not None
+            blockwise = _blockwise(program, original, names, corpus, held_out, config, common, accelerator, place, news)
+            start = blockwise.program
         form = TrainingForm(
-            program, names, surrogate=config.surrogate, width=config.surrogate_width, bf16=bool(config.bf16),
+            start, names, surrogate=config.surrogate, width=config.surrogate_width, bf16=bool(config.bf16),
             checkpointing=config.checkpointing,
         )  # fmt: skip
         trainer = Trainer(
             form, None if original is None else TrainingForm(original, bf16=bool(config.bf16)), corpus, held_out, config,
             work=WorkFolder(place, writes=accelerator.is_main_process), accelerator=accelerator,
-            identity={**common, "teacher": identity_of(original) if original is not None else ""},
+            identity={**common, "start": identity_of(start), "teacher": identity_of(original) if original is not None else ""},
+            first_step=blockwise.steps if blockwise else 0, first_seconds=blockwise.seconds if blockwise else 0.0,
             constants={} if ann is None else {"valid_perplexity_ann": ann}, news=news,
         )  # fmt: skip
 
         def result(outcome: Outcome) -> Finetuned:
+            if blockwise is not None:
+                outcome = blockwise.followed_by(outcome)
             return Finetuned(
                 program=recorded(program, outcome, config, corpus, held_out, names), outcome=outcome, config=config,
                 data={"description": corpus.description, "sha256": corpus.sha256, "tokens": corpus.tokens},
@@ -202,6 +212,23 @@ def finetune(
             corpus.load_state_dict(beginning)
             return second.train(found, corpus, held_out, accelerator, place, news)
     return found if copied is None else _with_copied(found, copied)
+
+
+def _blockwise(
+    program: Program, original: Program, names: frozenset[str], corpus: Corpus, held_out: Tokens, config: TrainingConfig,
+    common: Mapping[str, str], accelerator: Any, place: Path, news: Callable[[News], None],
+) -> Outcome:  # fmt: skip
+    """Fit every layer by itself (``ntc.training.blockwise``)."""
+    form = TrainingForm(
+        program, names, surrogate=config.surrogate, width=config.surrogate_width, bf16=bool(config.bf16),
+        checkpointing=config.checkpointing, by_layer=True, forced=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        form, TrainingForm(original, bf16=bool(config.bf16), by_layer=True), corpus, held_out, config.for_blockwise(),
+        work=WorkFolder(place, "blockwise", writes=accelerator.is_main_process), accelerator=accelerator,
+        identity={**common, "teacher": identity_of(original)}, objective=BlockwiseObjective, news=news,
+    )  # fmt: skip
+    return trainer.run()
 
 
 def _remarks(outcome: Outcome, config: TrainingConfig) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ntc.program import Program
@@ -72,6 +72,7 @@ class Outcome:
         before: The row of the first validation.
         after: The row of the best one.
         warnings: One sentence each.
+        blockwise_steps: How many of the steps were those that fit every layer by itself.
     """
 
     program: Program
@@ -86,3 +87,15 @@ class Outcome:
     before: Mapping[str, Any]
     after: Mapping[str, Any]
     warnings: tuple[str, ...]
+    blockwise_steps: int = 0
+
+    def followed_by(self, next_one: Outcome) -> Outcome:
+        """This run, layer by layer, and the one end to end that went on from it, as one."""
+        shift, tokens = self.steps, self.tokens
+        rows = [{**row, "stage": "blockwise"} for row in self.rows]
+        rows += [{**row, "step": row["step"] + shift, "tokens": row["tokens"] + tokens} for row in next_one.rows if row["step"]]
+        return replace(
+            next_one, rows=tuple(rows), steps=shift + next_one.steps, planned=shift + next_one.planned, tokens=tokens + next_one.tokens,
+            best_step=shift + next_one.best_step if next_one.best_step else self.best_step, before=self.before,
+            warnings=(*self.warnings, *next_one.warnings), blockwise_steps=shift,
+        )  # fmt: skip

@@ -1,0 +1,75 @@
+r"""Every layer by itself: what precedes end-to-end training.
+
+After conversion each attention computes something else than before, and every layer behind it reads what those before it
+got wrong. Blockwise reconstruction (Li et al. 2021, BRECQ, arXiv 2102.05426, for quantization; Bu et al. 2022 for spiking
+networks) mends the layers one by one: each gets the residual stream of the original network and is fitted to what the original
+adds to it,
+
+    loss = sum over attentions and FFNs l of  sum |a_l - a'_l|^2 / sum |a'_l|^2
+
+the share of the layer's power that is not explained, summed over the tokens of a step. No gradient crosses a layer, all are
+fitted at once, and neither logits nor head are computed, so a step costs less than one end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ntc.errors import ConfigError
+from ntc.training.config import TrainingConfig
+from ntc.training.form import TrainingForm
+from ntc.training.losses import Objective, attention_rate, rate_loss
+
+__all__ = ["BlockwiseObjective", "layer_loss"]
+
+
+def layer_loss(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    """Unexplained share of power, ``sum |a - a'|^2 / sum |a'|^2``, summed over layers ``[B, L, C]``, as a scalar."""
+    total = torch.zeros(())
+    for a, target in zip(ours, theirs, strict=True):
+        reference = target.detach().float()
+        total = total + (a.float() - reference).square().sum() / reference.square().sum().clamp(min=1e-12)
+    return total
+
+
+class BlockwiseObjective(Objective):
+    """Loss of the blockwise stage as a function of the token ids; in the log its value is ``hidden``.
+
+    Args:
+        form: A forced form of the program (``TrainingForm(..., by_layer=True, forced=True)``).
+        teacher: The original network, ``by_layer``.
+        config: Weight and target of the rate penalty.
+        compile: Use ``torch.compile``.
+
+    Raises:
+        ConfigError: If the two do not have the same layers.
+    """
+
+    def __init__(self, form: TrainingForm, teacher: TrainingForm | None, config: TrainingConfig, *, compile: bool = False) -> None:
+        if teacher is None:
+            raise ConfigError("layers are fitted to those of the original network: give a teacher, or leave blockwise_tokens out")
+        if form.blocks != teacher.blocks or not form.blocks:
+            raise ConfigError(
+                f"layers are fitted one by one, and the program has {len(form.blocks)} attentions and FFNs where the original network "
+                f"has {len(teacher.blocks)}: leave blockwise_tokens out, or give the network that the program was compiled from"
+            )
+        super().__init__(form, teacher, config, compile=compile)
+
+    def _losses(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (teacher,) = self._teacher
+        assert teacher is not None
+        with torch.no_grad():
+            reference = teacher(input_ids)
+        ours = self.form(input_ids, reference.stream)
+        pairs = [(a, b) for a, b in zip(ours.hidden, reference.hidden, strict=True) if a.requires_grad]  # what is not trained costs nothing
+        hidden = layer_loss(*zip(*pairs, strict=True)) if pairs else ours.logits.sum() * 0.0
+        zero = torch.zeros_like(hidden)
+        rate = zero
+        if self.config.rate_weight and self.config.target_rate is not None:
+            rate = rate_loss(attention_rate(ours.rates, self.form.populations), self.config.target_rate)
+        total = self.config.hidden * hidden + self.config.rate_weight * rate
+        means = torch.stack([r.mean() for r in ours.rates]) if ours.rates else torch.zeros(0)
+        return total, torch.stack([zero, zero, hidden, rate]).detach(), means.detach()

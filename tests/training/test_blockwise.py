@@ -1,0 +1,48 @@
+"""Every layer fitted by itself, then end to end."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from ntc.training.blockwise import layer_loss
+from ntc.training.run import finetune
+from tests.programs import canonical
+from tests.training.training_cases import WINDOW, chain, config, without_ties
+
+
+def test_layer_loss_is_the_unexplained_share_of_power():
+    target = [torch.randn(2, 5, 8), 100 * torch.randn(2, 5, 8)]
+    assert float(layer_loss(target, target)) == 0
+    torch.testing.assert_close(layer_loss([0 * t for t in target], target), torch.tensor(2.0))
+    torch.testing.assert_close(layer_loss([1.1 * t for t in target], target), torch.tensor(2 * 0.01))
+
+
+def test_blockwise_stage_brings_layers_nearer_and_is_part_of_the_run(tmp_path):
+    text, held_out = tmp_path / "ids.txt", tmp_path / "held-out.txt"
+    text.write_text(" ".join(map(str, chain())))
+    held_out.write_text(" ".join(map(str, chain(count=8 * WINDOW))))
+    tokens = 4 * WINDOW * 10
+    found = finetune(
+        without_ties(), text, teacher=canonical(), tokenizer=numbers(), validation=held_out, cache_dir=tmp_path,
+        config=config(max_tokens=4 * WINDOW * 5, blockwise_tokens=tokens, group="ssa", lr=2e-3), baseline=canonical(),
+    )  # fmt: skip
+    assert found.outcome.blockwise_steps == 10
+    assert found.outcome.steps == 15
+    assert found.outcome.tokens == tokens + 4 * WINDOW * 5
+    stages = [row.get("stage") for row in found.log]
+    assert stages.count("blockwise") >= 3
+    errors = [row["hidden"] for row in found.log if row.get("stage") == "blockwise" and "hidden" in row]
+    assert errors[-1] < 0.95 * errors[0]
+    assert [row["step"] for row in found.log] == sorted(row["step"] for row in found.log)
+    assert found.baseline_log[-1]["tokens"] == found.outcome.tokens  # the original saw as much
+
+
+def numbers() -> PreTrainedTokenizerFast:
+    """A tokenizer of texts of numbers: number n is token n."""
+    words = Tokenizer(WordLevel({str(n): n for n in range(61)}, unk_token="0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
