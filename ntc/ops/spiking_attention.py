@@ -46,14 +46,14 @@ __all__ = [
     "spiking_attention_stream",
 ]  # fmt: skip
 
-CHUNK = 256
+CHUNK = 128
 """Tokens whose scores the parallel kernel holds at once."""
 
-HEAD_LEAK_CHUNK = 64
+HEAD_LEAK_CHUNK = 128
 """The same with one leak per head."""
 
-CHANNEL_LEAK_CHUNK = 16
-"""The same with one leak per key channel: at most 16, because powers of the leak have to fit into float32."""
+CHANNEL_LEAK_CHUNK = 64
+"""The same with one leak per key channel."""
 
 
 def _grouped(x: Tensor, heads: int, kv_heads: int) -> Tensor:
@@ -69,12 +69,17 @@ def _check_leak(leak: Tensor | None, key: Tensor, kv_heads: int) -> None:
         )
 
 
+def _wide(x: Tensor, leak: Tensor | None) -> Tensor:
+    """Half precision has too few exponents for the powers of a leak."""
+    return x.float() if leak is not None and x.dtype == torch.float16 else x
+
+
 def _tables(leak: Tensor | None, query: Tensor, heads: int, kv_heads: int) -> tuple[int, Decay | None]:
     """The chunk and its powers of lambda."""
     if leak is None:
         return CHUNK, None
     chunk = min(HEAD_LEAK_CHUNK if leak.shape[0] in (1, kv_heads) else CHANNEL_LEAK_CHUNK, max(query.shape[-2], 1))
-    return chunk, decay_of(leak, heads, kv_heads, chunk, torch.promote_types(query.dtype, torch.float32))
+    return chunk, decay_of(leak, heads, kv_heads, chunk, query.dtype)
 
 
 @torch.library.custom_op("ntc::spiking_attention", mutates_args=())
@@ -98,7 +103,8 @@ def spiking_attention(
         ValueError: If the leak has another shape.
     """
     _check_leak(leak, key, kv_heads)
-    return causal_product(query, key, value, heads, kv_heads, *_tables(leak, query, heads, kv_heads))
+    given = [_wide(x, leak) for x in (query, key, value)]
+    return causal_product(*given, heads, kv_heads, *_tables(leak, given[0], heads, kv_heads)).to(query.dtype)
 
 
 @spiking_attention.register_fake
@@ -112,12 +118,10 @@ def _gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int, leak: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to query, key, value and leak (``[0]`` without one); an op, so that chunks are not traced one by one."""
-    tables = _tables(leak, query, heads, kv_heads)
-    *given, to_log = causal_product_gradients(grad.to(query.dtype), query, key, value, heads, kv_heads, *tables)
-    if leak is None:
-        return given[0], given[1], given[2], to_log
-    to_leak = to_log.flatten().sum_to_size(leak.shape) / leak
-    return given[0], given[1], given[2], to_leak.to(leak.dtype)
+    wide = [_wide(x.to(query.dtype), leak) for x in (grad, query, key, value)]
+    *given, to_log = causal_product_gradients(*wide, heads, kv_heads, *_tables(leak, wide[1], heads, kv_heads))
+    to_leak = to_log if leak is None else (to_log.flatten().sum_to_size(leak.shape) / leak).to(leak.dtype)
+    return given[0].to(query.dtype), given[1].to(key.dtype), given[2].to(value.dtype), to_leak
 
 
 @_gradients.register_fake

@@ -98,7 +98,7 @@ def leaks(kv_heads, d):
     return sorted({1, kv_heads, kv_heads * d})
 
 
-def chunked(head=3, channel=2):
+def chunked(head=3, channel=19):
     """The kernels with small chunks, so that a few tokens are several."""
     return patch.multiple(MODULE, CHUNK=head, HEAD_LEAK_CHUNK=head, CHANNEL_LEAK_CHUNK=channel)
 
@@ -170,6 +170,15 @@ def test_accuracy_of_long_texts(size, smallest, dtype):
     # A leak itself is rounded to float32, which the result magnifies by the tokens that it remembers.
     bound = 2e-6 + 6e-8 * length if dtype == torch.float32 else 1.5 * 2.0**-8
     assert float((found.double() - expected).abs().max() / expected.max()) < bound
+
+
+def test_half_precision_has_room_for_the_powers_of_a_leak():
+    q, k, v = ((random(1, 1, 40, 8, seed=i, grad=False) > 0.5).half().requires_grad_() for i in range(3))
+    leak = torch.linspace(0.01, 0.9, 8)
+    y = spiking_attention(q, k, v, 2, 2, leak)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.double(), sequential(q, k, v, 2, 2, leak), rtol=2**-10, atol=2**-10)
+    assert all(g.dtype == torch.float16 and bool(g.isfinite().all()) for g in gradients(y, [q, k, v]))
 
 
 @pytest.mark.parametrize("leak", [1e-3, 1e-5, 1e-12])
@@ -253,7 +262,7 @@ def test_gradient_with_a_leak(groups, chunk):
     x = tuple(random(2, 1, 5, n, seed=i) for i, n in enumerate((heads * 2, kv_heads * 2, kv_heads)))
     for size in leaks(kv_heads, 2):
         leak = random(size, low=0.05, high=1.0, seed=size)
-        with chunked(chunk, min(chunk, 16)):
+        with chunked(chunk, chunk):
             torch.autograd.gradcheck(lambda *t: spiking_attention(*t[:3], heads, kv_heads, t[3]), (*x, leak), fast_mode=chunk > 2)
 
 
