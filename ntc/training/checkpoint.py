@@ -22,7 +22,7 @@ import math
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import torch
 
 from ntc.errors import ArtifactError, ConfigError
 
-__all__ = ["WorkFolder", "check_same_run", "locked", "plain_row", "read_log"]
+__all__ = ["WorkFolder", "check_same_run", "locked", "plain_row", "remove"]
 
 # Options that say when a checkpoint is written; the steps are the same with any.
 _FREE = frozenset({"save_every", "save_minutes"})
@@ -104,12 +104,6 @@ class WorkFolder:
                 beside.write_text("".join(map(_line, rows)), encoding="utf-8")
                 os.replace(beside, self.log)
 
-    def forget_checkpoints(self) -> None:
-        """Delete the checkpoints and keep the log."""
-        if self.writes:
-            for path in (self.last, self.best):
-                path.unlink(missing_ok=True)
-
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
@@ -132,6 +126,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if not any(folder.glob("*.pt")):  # the run has not begun: what was refused leaves nothing behind
+            remove(folder)
 
 
 def remove(folder: Path) -> None:
@@ -183,19 +179,6 @@ def _plain(value: Any) -> Any:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(plain_row(row), allow_nan=False) + "\n"
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a line that a kill cut off is left out.
-
-    Raises:
-        ArtifactError: If the file cannot be read.
-    """
-    try:
-        lines: Sequence[str] = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ArtifactError(f"cannot read the log {path}: {error.strerror or error}") from error
-    return [json.loads(line) for line in lines[:-1] if line]
 
 
 @contextmanager

@@ -31,11 +31,12 @@ from ntc.training.config import TrainingConfig, learning_rate
 from ntc.training.corpus import Corpus
 from ntc.training.form import TrainingForm
 from ntc.training.losses import Losses, Objective
+from ntc.training.optimizer import optimizer_for
 from ntc.training.state import News, Outcome, RunState
 from ntc.training.validation import Validation, validate
 from ntc.training.watch import Divergence, NeuronWatch, first_non_finite
 
-__all__ = ["RATE_MARGIN", "Trainer", "optimizer_for"]
+__all__ = ["RATE_MARGIN", "Trainer"]
 
 logger = logging.getLogger("ntc.training")
 
@@ -48,25 +49,6 @@ _ENDS = ("", "steps", "time", "patience")
 
 def _nobody(news: News) -> None:
     return None
-
-
-def optimizer_for(form: TrainingForm, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over what the form trains, in three groups: matrices (which decay), other weights, constants of neurons."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    neurons: list[nn.Parameter] = []
-    for key, parameter in form.raw.items():
-        if form.roles[key.replace("/", ".")].role != "weight":
-            neurons.append(parameter)
-        else:
-            (matrices if parameter.dim() >= 2 else others).append(parameter)
-    neuron_lr = config.lr if config.neuron_lr is None else config.neuron_lr
-    groups = [
-        {"params": matrices, "lr": config.lr, "peak": config.lr, "weight_decay": config.weight_decay},
-        {"params": others, "lr": config.lr, "peak": config.lr, "weight_decay": 0.0},
-        {"params": neurons, "lr": neuron_lr, "peak": neuron_lr, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=config.betas, fused=True)
 
 
 class Trainer:
@@ -119,6 +101,7 @@ class Trainer:
         self.state = RunState(steps=config.steps() if steps is None else steps, seconds=first_seconds)
         self.divergence, self.neurons = Divergence(), NeuronWatch()
         self.resumed_step: int | None = None
+        self._labels = _labels_of(form)
         self._timed: list[float] = []
         self._latest: dict[str, Any] = {}
         self._label = "" if work.name == "training" else f"{work.name}: "
@@ -194,7 +177,8 @@ class Trainer:
             s.step_seconds += took
             s.summed_seconds += took
             s.sums = [a + b for a, b in zip(s.sums, values, strict=True)]
-            self._latest |= {"loss": values[0], "rates": rates}
+            s.rate_sums = [a + b for a, b in zip(s.rate_sums or [0.0] * len(rates), rates, strict=True)]
+            self._latest |= {"loss": values[0], "rates": dict(zip(self._labels.values(), rates, strict=True))}
         self._timed.append(took)
         warning = self.divergence.see(s.step, values[0])
         if warning is not None:
@@ -203,8 +187,8 @@ class Trainer:
             self._plan()
         self._say("train")
 
-    def _step(self, windows: Tensor) -> tuple[list[float], dict[str, float]]:
-        """One optimizer step; returns the loss and its parts, and the firing rates."""
+    def _step(self, windows: Tensor) -> tuple[list[float], list[float]]:
+        """One optimizer step; returns the loss and its parts, and the firing rate of every population."""
         pieces: list[Losses] = []
         for piece in windows.chunk(self.config.accumulate):
             with self.accelerator.accumulate(self.objective):
@@ -219,7 +203,7 @@ class Trainer:
         rates = torch.stack([p.rates for p in pieces]).mean(0)
         if self.accelerator.num_processes > 1:
             values, rates = self.accelerator.reduce((values, rates), "mean")
-        return values.tolist(), dict(zip(self._labels(), rates.tolist(), strict=True))
+        return values.tolist(), rates.tolist()
 
     def _clip(self, pieces: list[Losses], windows: Tensor) -> None:
         """Clip the gradient, in two parts: a norm that is not finite must not spread to all gradients before it is explained."""
@@ -284,7 +268,7 @@ class Trainer:
         found = validate(program, self.validation, progress=lambda done, total: self._say("validate", done, total))
         with undisturbed():
             s.validated, s.validation_seconds = s.step, time.perf_counter() - started
-            self._log({**found.row(self._label_of()), **self.constants})
+            self._log({**found.row(self._labels), **self.constants})
             for warning in self.neurons.see(s.step, found.populations):
                 self._warn(warning)
             key = self._key(found)
@@ -312,10 +296,10 @@ class Trainer:
             row |= {k: v / s.summed for (k, w), v in zip(weights.items(), s.sums, strict=True) if w}
             row["lr"] = config.lr * learning_rate(config, s.step - 1, s.steps)
             row["tokens_per_second"] = s.summed * config.step_tokens / s.summed_seconds
-            row["rates"] = self._latest.get("rates", {})
+            row["rates"] = {label: r / s.summed for label, r in zip(self._labels.values(), s.rate_sums, strict=True)}
         row |= more
         s.rows.append(row)
-        s.sums, s.summed, s.summed_seconds, s.logged = [0.0] * len(s.sums), 0, 0.0, s.step
+        s.sums, s.rate_sums, s.summed, s.summed_seconds, s.logged = [0.0] * len(s.sums), [], 0, 0.0, s.step
         self._latest |= row
         self.work.append(row)
 
@@ -391,10 +375,8 @@ class Trainer:
 
         return float(broadcast(torch.tensor([value], dtype=torch.float64)))
 
-    def _labels(self) -> list[str]:
-        return list(self._label_of().values())
 
-    def _label_of(self) -> dict[str, str]:
-        """Names of populations in the log: short ones, unless two are the same."""
-        short = [p.label for p in self.form.populations]
-        return {p.name: label if short.count(label) == 1 else p.name for p, label in zip(self.form.populations, short, strict=True)}
+def _labels_of(form: TrainingForm) -> dict[str, str]:
+    """Names of populations in the log: short ones, unless two are the same."""
+    short = [p.label for p in form.populations]
+    return {p.name: label if short.count(label) == 1 else p.name for p, label in zip(form.populations, short, strict=True)}

@@ -44,6 +44,7 @@ class RunState:
     validation_seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     sums: list[float] = field(default_factory=lambda: [0.0] * (1 + len(PARTS)))
+    rate_sums: list[float] = field(default_factory=list)
     summed: int = 0
     summed_seconds: float = 0.0
     logged: int = 0

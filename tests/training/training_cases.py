@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ntc.pipeline import run_pipeline
+from ntc.program import Program
 from ntc.text import Tokens
 from ntc.training.checkpoint import WorkFolder
 from ntc.training.config import TrainingConfig
@@ -16,9 +18,20 @@ from ntc.training.form import TrainingForm
 from ntc.training.groups import roles_of, trained
 from ntc.training.loop import Trainer
 from ntc.training.windows import PackedCorpus
-from tests.programs import canonical, spiking
+from ntc_passes.convert_ffn import ConvertFfn
+from ntc_passes.fold_thresholds import FoldThresholds
+from ntc_passes.insert_neurons import InsertNeurons
+from ntc_passes.replace_attention import ReplaceAttention
+from tests.programs import CONTEXT, calibrated, canonical, spiking
 
 WINDOW = 12
+
+
+@cache
+def without_ties() -> Program:
+    """Spiking, but the attention's result stays a current: no threshold meets sums of spikes, where rounding would decide."""
+    policy = [ReplaceAttention.configure({"steps": 4, "output": "current"}), ConvertFfn.configure({"steps": 4})]
+    return run_pipeline(run_pipeline(calibrated(), policy, CONTEXT), [FoldThresholds(), InsertNeurons()], CONTEXT)
 
 
 @cache
