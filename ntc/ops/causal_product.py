@@ -11,8 +11,8 @@ tokens, numbered a, b = 0..c-1, that starts with the state M:
     M'  = diag(lambda^c) M + sum_b (lambda^(c-1-b) K_b) (x) V_b
 
 With one lambda per head A is the scores times a matrix of decays, and nothing is divided. With one per channel the powers go to
-the factors, for 16 rows of A at a time, centred at their middle m: ``(Q_ad lambda_d^(a-m)) (K_bd lambda_d^(m-b))``. Gradients, with ``G = dL/dY``,
-``S_ab = G_a . V_b`` for b <= a, and R, the gradient of the state that leaves the chunk:
+the factors, for 16 rows of A at a time, centred at their middle m: ``(Q_ad lambda_d^(a-m)) (K_bd lambda_d^(m-b))``. Gradients, with
+``G = dL/dY``, ``S_ab = G_a . V_b`` for b <= a, and R, the gradient of the state that leaves the chunk:
 
     dQ_a = sum_b S_ab (lambda^(a-b) K_b) + lambda^(a+1) (M G_a)      dK_b = sum_a S_ab (lambda^(a-b) Q_a) + lambda^(c-1-b) (R V_b)
     dV_b = sum_a A_ab G_a + (lambda^(c-1-b) K_b) R                   R'   = diag(lambda^c) R + sum_a (lambda^(a+1) Q_a) (x) G_a
@@ -23,8 +23,9 @@ The last is ``sum_i i dQ_i Q_i - sum_j j dK_j K_j`` over the sequence, written w
 two large sums would drown in their rounding errors when little is remembered.
 
 States are float32 or better; products, and the tables of powers that go into them, are in the dtype of the inputs. Powers are made
-in float64 and rounded once, so no error grows with the distance i - j. In the tables centred at 8 of 16 rows the smallest lambda whose powers
-fit into float32 is about 2**-15 = 3e-5; a smaller one counts as that (what it leaves out is less than 3e-5 of a neighbouring token).
+in float64 and rounded once, so no error grows with the distance i - j. In the tables centred at 8 of 16 rows the smallest lambda
+whose powers fit into float32 is about 2**-15 = 3e-5; a smaller one counts as that (what it leaves out is less than 3e-5 of a
+neighbouring token).
 
 The work is cut twice, into chunks of tokens and into blocks of the leading axes, so that what one product reads and writes stays in
 the cache of a core: on batches of training that halves the time (measured at T = 4, B = 16, L = 256, 4 heads of 64).

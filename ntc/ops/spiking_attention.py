@@ -103,8 +103,8 @@ def spiking_attention(
         ValueError: If the leak has another shape.
     """
     _check_leak(leak, key, kv_heads)
-    given = [_wide(x, leak) for x in (query, key, value)]
-    return causal_product(*given, heads, kv_heads, *_tables(leak, given[0], heads, kv_heads)).to(query.dtype)
+    q, k, v = (_wide(x, leak) for x in (query, key, value))
+    return causal_product(q, k, v, heads, kv_heads, *_tables(leak, q, heads, kv_heads)).to(query.dtype)
 
 
 @spiking_attention.register_fake
@@ -118,8 +118,8 @@ def _gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int, leak: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to query, key, value and leak (``[0]`` without one); an op, so that chunks are not traced one by one."""
-    wide = [_wide(x.to(query.dtype), leak) for x in (grad, query, key, value)]
-    *given, to_log = causal_product_gradients(*wide, heads, kv_heads, *_tables(leak, wide[1], heads, kv_heads))
+    g, q, k, v = (_wide(x.to(query.dtype), leak) for x in (grad, query, key, value))
+    *given, to_log = causal_product_gradients(g, q, k, v, heads, kv_heads, *_tables(leak, q, heads, kv_heads))
     to_leak = to_log if leak is None else (to_log.flatten().sum_to_size(leak.shape) / leak).to(leak.dtype)
     return given[0].to(query.dtype), given[1].to(key.dtype), given[2].to(value.dtype), to_leak
 
