@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ntc.compiler import compile_model
 from ntc.energy import measure_energy
@@ -25,6 +24,7 @@ from ntc.quality import evaluate
 from ntc.recipe import Settings
 from ntc.registry import find_pass, recipe
 from ntc.text import Tokens, tokens_from
+from ntc_passes.recipes import ATTENTION
 
 TERNARY = {"signed_query": True, "signed_key": True, "signed_value": True}
 BINARY = {"signed_query": False, "signed_key": False, "signed_value": False}
@@ -33,13 +33,14 @@ NORMALIZERS = ("position", "learned-position", "leak", "channel-leak", "rms", "l
 CODES = {"": MIXED, ", binary": BINARY, ", ternary": TERNARY}
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "the recipe's": dict(ATTENTION),
     **{f"{n}{label}": {"normalizer": n, **signs} for label, signs in CODES.items() for n in NORMALIZERS},
     **{f"{n}, gain per head": {"normalizer": n, "gain": "head", **MIXED} for n in ("position", "leak", "leak-rms")},
     **{f"{n}, no output neuron": {"normalizer": n, "output": "current", **MIXED} for n in ("position", "leak-rms")},
     **{f"{n}, LIF": {"normalizer": n, "neuron": "lif", **BINARY} for n in ("position", "leak-rms")},
     **{f"leak-rms, {p}th percentile": {"normalizer": "leak-rms", "percentile": float(p), **MIXED} for p in (75, 99)},
 }
-"""Name and options of replace-attention; all of them are in the name's row of --json."""
+"""Name and options of replace-attention; what they do not name is the pass's own default, whatever the recipe chooses."""
 
 ROLES = ("q", "k", "v", "ssa")
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -88,9 +89,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if {"variant", "options", "measured_on"} <= row.keys():
+            rows.append(row)
     return rows
 
 
@@ -123,24 +126,24 @@ def main() -> None:
 
     chosen = recipe("neurtransformer")
     start = compile_model(args.model, recipe=chosen.until("calibrate"), calibration=args.calibration)
-    rest = chosen.after("calibrate") if args.ffn == "spiking" else chosen.after("calibrate").without("convert-ffn")
+    rest = chosen.after("replace-attention") if args.ffn == "spiking" else chosen.after("replace-attention").without("convert-ffn")
     window = min(256, start.analog.info.context or 256)
     tokens, few = (tokens_from(args.data, start.tokenizer, window, n) for n in (args.tokens, min(args.tokens, args.energy_tokens)))
-    context = Context(start.calibration)
+    context, settings = Context(start.calibration), {"steps": args.steps} if args.ffn == "spiking" else {}
     same = {
         "model": Path(args.model).name, "calibration": start.calibration.sha256, "data": tokens.sha256, "tokens": tokens.count,
         "energy_tokens": few.count, "steps": args.steps, "ffn": args.ffn,
     }  # fmt: skip
-    done = {json.dumps([r["variant"], r["settings"], r["measured_on"]], sort_keys=True): r for r in read_rows(args.output)}
+    done = {json.dumps([r["variant"], r["options"], r["measured_on"]], sort_keys=True): r for r in read_rows(args.output)}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, settings in ((n, VARIANTS[n]) for n in args.only or VARIANTS):
-        key = json.dumps([name, settings, same], sort_keys=True)
+    for name in args.only or VARIANTS:
+        attention = find_pass("replace-attention").configure({"steps": args.steps, **VARIANTS[name]})
+        options = asdict(attention.options)
+        key = json.dumps([name, options, same], sort_keys=True)
         if key not in done:
-            torch.manual_seed(0)
-            passes = rest.build(Settings({"steps": args.steps, **settings}), find_pass)
-            program = run_pipeline(start.program, passes, context)
-            done[key] = {"variant": name, "settings": settings, "measured_on": same, **measure(program, start.analog, tokens, few)}
+            program = run_pipeline(start.program, [attention, *rest.build(Settings(settings), find_pass)], context)
+            done[key] = {"variant": name, "options": options, "measured_on": same, **measure(program, start.analog, tokens, few)}
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done[key]) + "\n")
         rows.append(done[key])

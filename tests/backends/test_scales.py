@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "channel-leak": {"normalizer": "channel-leak", "output": "current"},
     "leak-rms": {"normalizer": "leak-rms", "signed_query": True, "signed_key": True},
     "row-sum": {"normalizer": "row-sum"},
-    "lif": {"neuron": "lif", "signed_value": False, "normalizer": "leak"},
+    "lif": {"neuron": "lif", "signed_query": False, "signed_key": False, "signed_value": False, "normalizer": "leak"},
     "rates": {"normalizer": "row-sum", "last": "insert-neurons"},
 }
 
