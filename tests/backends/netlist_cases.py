@@ -23,11 +23,16 @@ from ntc.testing import example_ids, tiny_gpt2
 from ntc.verify import verify
 from ntc_backends.netlist import NetlistBackend
 
+# Said in full, so that these tests do not depend on what the recipe chooses.
+PLAIN = {"normalizer": "position", "signed_query": False, "signed_key": False, "signed_value": True, "output": "spikes"}
+
 VARIANTS = {
-    "current": ("neurtransformer", {}),
-    "spikes": ("neurtransformer", {"output": "spikes"}),
+    "default": ("neurtransformer", {}),
+    "current": ("neurtransformer", PLAIN | {"output": "current"}),
+    "spikes": ("neurtransformer", PLAIN),
+    "forgetting": ("neurtransformer", PLAIN | {"normalizer": "channel-leak"}),
     "ffn-only": ("ffn-only", {}),
-    "binary": ("neurtransformer", {"signed_value": False, "steps": 3, "output": "spikes"}),
+    "binary": ("neurtransformer", PLAIN | {"signed_value": False, "steps": 3}),
     "learned-position": ("neurtransformer", {"normalizer": "learned-position", "output": "current"}),
     "leak-rms": ("neurtransformer", {"normalizer": "leak-rms"}),
     "row-sum": ("neurtransformer", {"normalizer": "row-sum", "signed_query": True, "steps": 3}),
