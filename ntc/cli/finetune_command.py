@@ -83,7 +83,7 @@ def finetune(
     target_rate: Annotated[
         float | None, typer.Option(help="Spikes per neuron and step that Q, K and V may have.", rich_help_panel=_LOSS)
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Weight of the penalty above it (default: 1).", rich_help_panel=_LOSS)] = None,
+    rate: Annotated[float | None, typer.Option(help="Weight of the penalty above it (default: 5).", rich_help_panel=_LOSS)] = None,
     validation: Annotated[
         Path | None, typer.Option(help="Validation text (default: the end of the training text, held out).", rich_help_panel=_RUN)
     ] = None,

@@ -6,7 +6,7 @@ of them, so the number of processes and pieces changes nothing but the order of 
 resumed has the same losses, to the last bit in one process with the same number of threads.
 
 Validation runs the program itself, with its exact kernels in float32, and not the form that is trained. The best program is the
-one with the lowest perplexity there; with a target rate, the best of those that keep to it.
+one with the lowest perplexity there; a firing rate above its target counts against it.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Trainer:
         first_step: Steps whose windows were trained on before.
         first_seconds: Time that this took; counts towards ``max_minutes``.
         objective: What makes a loss of form, teacher and options.
+        keep_last: Return the last program and not the best: layers fitted one by one may be nearer while perplexity is not yet lower.
         constants: More columns for the log's validation rows, such as the perplexity of the original.
         news: Called after every step and during validation.
 
@@ -91,13 +92,14 @@ class Trainer:
         first_step: int = 0,
         first_seconds: float = 0.0,
         objective: type[Objective] = Objective,
+        keep_last: bool = False,
         constants: Mapping[str, float] | None = None,
         news: Callable[[News], None] = _nobody,
     ) -> None:
         self.form, self.corpus, self.validation, self.config, self.work = form, corpus, validation, config, work
         self.accelerator, self.constants, self.news = accelerator, dict(constants or {}), news
         self.identity = {"config": config.to_json(), **identity}
-        self.stop_after, self.first_step = stop_after, first_step
+        self.stop_after, self.first_step, self.keep_last = stop_after, first_step, keep_last
         self.state = RunState(steps=config.steps() if steps is None else steps, seconds=first_seconds)
         self.divergence, self.neurons = Divergence(), NeuronWatch()
         self.resumed_step: int | None = None
@@ -135,14 +137,17 @@ class Trainer:
         """The best program so far and its figures."""
         s = self.state
         validated = {row["step"]: row for row in s.rows if "valid_perplexity" in row}
+        best = s.step if self.keep_last else s.best_step
         tokens = s.step * self.config.step_tokens
         return Outcome(
             program=self._best_program(), rows=tuple(s.rows), steps=s.step, planned=s.steps or s.step, tokens=tokens, seconds=s.seconds,
-            tokens_per_second=tokens / s.step_seconds if s.step_seconds else 0.0, ended=s.ended, best_step=s.best_step,
-            before=validated.get(0, {}), after=validated.get(s.best_step, {}), warnings=tuple(s.warnings),
+            tokens_per_second=tokens / s.step_seconds if s.step_seconds else 0.0, ended=s.ended, best_step=best,
+            before=validated.get(0, {}), after=validated.get(best, {}), warnings=tuple(s.warnings),
         )  # fmt: skip
 
     def _best_program(self) -> Program:
+        if self.keep_last and self.state.step:
+            return self.form.to_program()
         if self.state.best_step == 0 or not self.work.writes:
             return self.form.program
         best = self.work.load(self.work.best)
@@ -280,12 +285,12 @@ class Trainer:
                 s.worse += 1
         logger.info("step %d: %s", s.step, ", ".join(f"{k} {v:.4g}" for k, v in s.rows[-1].items() if isinstance(v, float)))
 
-    def _key(self, found: Validation) -> list[float]:
-        """Smaller is better: by perplexity; above the target rate by that rate, and behind all that keep to it."""
+    def _key(self, found: Validation) -> float:
+        """Smaller is better: the perplexity; a firing rate so many percent above its target counts like as many of perplexity."""
         target = self.config.target_rate
-        if target is None or not self.config.rate_weight or found.attention_rate <= RATE_MARGIN * target:
-            return [0.0, found.perplexity]
-        return [1.0, found.attention_rate / target]
+        if target is None or not self.config.rate_weight:
+            return found.perplexity
+        return found.perplexity * (1.0 + max(0.0, found.attention_rate / target - RATE_MARGIN))
 
     def _log(self, more: Mapping[str, Any]) -> None:
         """Close a row of the log: means over the steps since the one before."""

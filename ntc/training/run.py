@@ -204,6 +204,8 @@ def finetune(
 
         try:
             found = result(trainer.run())
+            for remark in _remarks(found.outcome, config):
+                news(News("warning", message=remark))
         except TrainingError as error:
             if keep_best and accelerator.is_main_process:
                 error.best = result(trainer.outcome())
@@ -211,7 +213,7 @@ def finetune(
         if second is not None:
             corpus.load_state_dict(beginning)
             return second.train(found, corpus, held_out, accelerator, place, news)
-    return found if copied is None else _with_copied(found, copied)
+    return found if copied is None else _with_copied(found, copied, news)
 
 
 def _blockwise(
@@ -226,7 +228,7 @@ def _blockwise(
     trainer = Trainer(
         form, TrainingForm(original, bf16=bool(config.bf16), by_layer=True), corpus, held_out, config.for_blockwise(),
         work=WorkFolder(place, "blockwise", writes=accelerator.is_main_process), accelerator=accelerator,
-        identity={**common, "teacher": identity_of(original)}, objective=BlockwiseObjective, news=news,
+        identity={**common, "teacher": identity_of(original)}, objective=BlockwiseObjective, keep_last=True, news=news,
     )  # fmt: skip
     return trainer.run()
 
@@ -297,9 +299,11 @@ class _Baseline:
         return replace(found, baseline=program, baseline_log=outcome.rows, warnings=(*found.warnings, *outcome.warnings))
 
 
-def _with_copied(found: Finetuned, baseline: Program) -> Finetuned:
+def _with_copied(found: Finetuned, baseline: Program, news: Callable[[News], None]) -> Finetuned:
     tokens = figures_of(baseline)["tokens"]
     warnings = found.warnings
     if tokens != found.outcome.tokens:
-        warnings = (*warnings, f"the baseline was trained on {tokens:,} tokens and this program on {found.outcome.tokens:,}")
+        remark = f"the baseline was trained on {tokens:,} tokens and this program on {found.outcome.tokens:,}"
+        news(News("warning", message=remark))
+        warnings = (*warnings, remark)
     return replace(found, baseline=baseline, warnings=warnings)

@@ -50,7 +50,7 @@ class RunState:
     logged: int = 0
     validated: int = -1
     best_step: int = 0
-    best_key: list[float] = field(default_factory=lambda: [math.inf, math.inf])
+    best_key: float = math.inf
     worse: int = 0
     warnings: list[str] = field(default_factory=list)
     ended: str = ""

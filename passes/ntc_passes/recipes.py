@@ -7,10 +7,12 @@ from typing import Any
 
 from ntc.recipe import Recipe, Step
 
-__all__ = ["ATTENTION", "FFN_ONLY", "NEURTRANSFORMER"]
+__all__ = ["ATTENTION", "FFN_ONLY", "NEURTRANSFORMER", "SSA_ONLY"]
 
-ATTENTION: Mapping[str, Any] = {"normalizer": "position"}
-"""Options of replace-attention that the recipe chooses (benchmarks/attention_variants.py compares them)."""
+ATTENTION: Mapping[str, Any] = {
+    "normalizer": "leak", "signed_query": True, "signed_key": True, "signed_value": True, "percentile": 97.0,
+}  # fmt: skip
+"""Options of replace-attention that the recipe chooses: the best by measurement (benchmarks/attention_variants.py, docs/results.md)."""
 
 NEURTRANSFORMER = Recipe(
     name="neurtransformer",
@@ -27,6 +29,17 @@ NEURTRANSFORMER = Recipe(
         Step("insert-neurons"),
     ),
 )
+
+SSA_ONLY = Recipe(
+    name="ssa-only",
+    summary="Spiking self-attention in every block, the FFN left analog: what attention conversion alone costs.",
+    source="NeurTransformer, arXiv 2510.00133, step 1",
+    spiking="Q, K, V and the attention products",
+    analog="the FFN, embeddings, LayerNorm, residual stream, the inputs of the Q, K and V projections, lm_head",
+    steps=(
+        Step("canonicalize"), Step("calibrate"), Step("replace-attention", ATTENTION), Step("fold-thresholds"), Step("insert-neurons"),
+    ),
+)  # fmt: skip
 
 FFN_ONLY = Recipe(
     name="ffn-only",

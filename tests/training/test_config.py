@@ -85,9 +85,9 @@ def test_the_baseline_learns_from_text_alone() -> None:
     assert not baseline.needs_teacher
 
 
-def test_rate_weighs_1_once_there_is_a_target() -> None:
+def test_rate_weighs_5_once_there_is_a_target() -> None:
     assert TrainingConfig().rate_weight == 0
-    assert TrainingConfig(target_rate=0.1).rate_weight == 1
+    assert TrainingConfig(target_rate=0.1).rate_weight == 5
     assert TrainingConfig(target_rate=0.1, rate=0.0).rate_weight == 0
 
 

@@ -120,7 +120,7 @@ def test_rows_hold_what_is_documented(tmp_path: Path) -> None:
     assert [r["step"] for r in outcome.rows if "valid_perplexity" in r] == [0, 4, 8, 12]
     for row in outcome.rows[1:]:
         assert row["tokens"] == row["step"] * 4 * WINDOW
-        parts = 0.3 * row["ce"] + row["kl"] + 0.5 * row["hidden"] + row["rate"]
+        parts = 0.3 * row["ce"] + row["kl"] + 0.5 * row["hidden"] + 5 * row["rate"]
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
         assert set(row["rates"]) == {f"h.{b}.{r}" for b in (0, 1) for r in ("q", "k", "v", "ssa", "ffn")}
         assert row["tokens_per_second"] > 0
