@@ -233,17 +233,17 @@ def show_finetuning(console: Console, result: dict[str, Any]) -> None:
         figures = [_number(result[f"firing_rate_{which}"], 3) for which in ("before", "after")]
         rows.add_row("firing rate", *figures, "", *("" for _ in last))
     console.print(rows)
-    roles = _by_role(result["rates_before"], result["rates_after"])
+    roles = _by_role(result["rates"])
     if roles:
         console.print(Text("firing rates  " + ", ".join(f"{role} {a:.3f} > {b:.3f}" for role, (a, b) in roles.items()), "dim"))
 
 
-def _by_role(before: dict[str, float], after: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """Mean rates of the populations of each role, which their names end in."""
-    roles: dict[str, list[str]] = {}
-    for name in after:
-        roles.setdefault(name.rsplit(".", 1)[-1], []).append(name)
-    return {r: (sum(before.get(n, 0.0) for n in ns) / len(ns), sum(after[n] for n in ns) / len(ns)) for r, ns in roles.items()}
+def _by_role(rates: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Mean rates before and after of the populations of each role, which their names end in."""
+    roles: dict[str, list[tuple[float, float]]] = {}
+    for row in rates:
+        roles.setdefault(row["population"].rsplit(".", 1)[-1], []).append((row["before"] or 0.0, row["after"]))
+    return {role: (sum(a for a, _ in of) / len(of), sum(b for _, b in of) / len(of)) for role, of in roles.items()}
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -31,9 +31,9 @@ __all__ = ["accelerator_for", "decided", "identity_of", "network_from", "source_
 # of a short text.
 _HELD_OUT_SHARE, _HELD_OUT_LEAST, _HELD_OUT_MOST_SHARE = 0.01, 8, 0.1
 
-# Compiling costs about 10 s per transformer block and then saves more than half of every step. It pays from about so many tokens
+# Compiling takes 10 to 20 s per transformer block and then saves more than half of every step. It pays from about so many tokens
 # x parameters per block on, or minutes; both are estimates, and the option `compile` decides otherwise.
-_COMPILE_WORK, _COMPILE_MINUTES = 7e10, 3.0
+_COMPILE_WORK, _COMPILE_MINUTES = 1.3e11, 4.0
 
 
 def accelerator_for(config: TrainingConfig) -> Any:

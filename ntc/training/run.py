@@ -90,7 +90,10 @@ class Finetuned:
             "perplexity_ann": ann, "perplexity_change": perplexity / ann - 1 if perplexity and ann else None,
             "perplexity_tuned": tuned, "perplexity_change_tuned": perplexity / tuned - 1 if perplexity and tuned else None,
             "firing_rate_before": before.get("firing_rate"), "firing_rate_after": after.get("firing_rate"),
-            "rates_before": before.get("rates", {}), "rates_after": after.get("rates", {}),
+            "rates": [
+                {"population": name, "before": before.get("rates", {}).get(name), "after": rate}
+                for name, rate in after.get("rates", {}).items()
+            ],
             "baseline": baseline, "seconds": o.seconds, "tokens_per_second": o.tokens_per_second,
             "config": config.to_json(), "warnings": list(self.warnings),
         })  # fmt: skip
