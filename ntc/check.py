@@ -26,7 +26,7 @@ from ntc.frontend import capture, load_model
 from ntc.meta import ORIGIN, TYPE, block_of, module_of, source_of
 from ntc.observe import count_by_shape
 from ntc.ops import spec_of, timed
-from ntc.pipeline import Context, Pass, run_pipeline
+from ntc.pipeline import LEFT_ANALOG, Context, Pass, run_pipeline
 from ntc.program import Program, op_name
 from ntc.recipe import Recipe, Settings
 from ntc.registry import find_pass
@@ -206,7 +206,7 @@ class _Run:
             self.program = run_pipeline(before, [step], self.context)
         except NtcError as error:
             self._note(step, before, _misses_of(step, before, self.context), required=True)
-            if not self.findings or self.findings[-1].stage != step.name:
+            if not any(f.stage == step.name and f.required for f in self.findings):
                 self.findings.append(Finding(step.name, "", "", "", str(error), True))
             return
         record = self.program.history[-1]
@@ -223,7 +223,8 @@ class _Run:
             earlier = [f for f in self.findings if (f.node, f.reason) == (name, reason)]
             for f in earlier:  # the same place, now found to be required
                 self.findings.remove(f)
-            self.findings.append(Finding(step.name, name, *place, reason, required or any(f.required for f in earlier)))
+            needed = (required and reason != LEFT_ANALOG) or any(f.required for f in earlier)
+            self.findings.append(Finding(step.name, name, *place, reason, needed))
 
 
 def _misses_of(step: Pass, program: Program, context: Context) -> tuple[tuple[str, str], ...]:
@@ -247,6 +248,7 @@ def _classify(run: _Run, window: int) -> tuple[NodeCheck, ...]:
     names = {n.name for n in run.canonical.graph.nodes}
     new = [n for n in run.program.graph.nodes if n.name not in names and n.op == "call_function"]
     reasons = {f.node: f for f in run.findings if f.required or f.stage == "canonicalize"}
+    left = {f.node for f in run.findings if f.reason == LEFT_ANALOG}
     macs = _dense_macs(run.canonical, window)
     rows = []
     for node in run.canonical.graph.nodes:
@@ -258,6 +260,8 @@ def _classify(run: _Run, window: int) -> tuple[NodeCheck, ...]:
         becomes, reason = _class_of(node, kept, stands_for)
         if node.name in reasons:
             becomes, reason = "unsupported", reasons[node.name].reason
+        elif node.name in left:
+            reason = LEFT_ANALOG
         rows.append(
             NodeCheck(
                 node.name, op_name(node.target), module_of(node), block_of(node), source_of(node), becomes,

@@ -26,9 +26,12 @@ from ntc.meta import module_of
 from ntc.program import PassRecord, Program, interpret
 from ntc.verify import max_difference, verify
 
-__all__ = ["Calibration", "Context", "NoOptions", "Override", "Pass", "PassResult", "exact_limit", "run_pipeline"]
+__all__ = ["LEFT_ANALOG", "Calibration", "Context", "NoOptions", "Override", "Pass", "PassResult", "exact_limit", "run_pipeline"]
 
 logger = logging.getLogger("ntc.passes")
+
+LEFT_ANALOG = "left analog by the settings"
+"""Reason of a miss that the user asked for: it is listed like any other, and held against nobody."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,14 @@ def run_pipeline(program: Program, passes: Sequence[Pass], context: Context | No
     return program
 
 
+def _nearest(missed: Sequence[tuple[str, str]]) -> str:
+    """What was in the way; a place that the user left alone was not, unless there is no other."""
+    refused = [miss for miss in missed if miss[1] != LEFT_ANALOG]
+    if missed and not refused:
+        return f"all {len(missed)} are {LEFT_ANALOG}; convert one of them, or choose a recipe without this pass"
+    return "; ".join(f"nearest miss %{node}: {reason}" for node, reason in refused[:1]) or "nothing looked like one"
+
+
 def _checked(program: Program, work: Program, step: Pass, modified: bool) -> tuple[float, float]:
     """Shapes, verification and drift of what a pass left; every error names the pass."""
     try:
@@ -263,8 +274,7 @@ def _run_one(program: Program, step: Pass, context: Context, number: int) -> Pro
     if not result.modified and (result.sites or work.fingerprint() != before):
         raise PassError(f"pass {step.name} says that it changed nothing, but it did: return modified=True, or do not edit")
     if step.required and result.sites == 0:
-        nearest = "; ".join(f"nearest miss %{node}: {reason}" for node, reason in result.missed[:1]) or "nothing looked like one"
-        raise PassError(f"pass {step.name} found none of its sites in {program.info.source}: {nearest}")
+        raise PassError(f"pass {step.name} found none of its sites in {program.info.source}: {_nearest(result.missed)}")
     work.facts = (work.facts | step.provides) - step.removes
     drift, largest = _checked(program, work, step, result.modified)
     if step.exact and not drift <= (limit := exact_limit(largest)):

@@ -22,6 +22,8 @@ chooses what stands for it:
 theta is a percentile of the calibration activations ``x - b`` per channel (Rueckauer et al. 2017). What remains is the
 rounding to T + 1 levels, which falls with T, and the float limit above, which does not: the program before
 insert-neurons *is* that float limit and can be evaluated.
+
+An activation whose module has ``convert = false`` stays as it is and is listed as missed.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ from torch.nn import functional
 from ntc.errors import PassError
 from ntc.meta import NEURON, STATS, NeuronSpec, block_of, building, where
 from ntc.ops import aten
-from ntc.pipeline import Context, Pass, PassResult
+from ntc.pipeline import LEFT_ANALOG, Context, Pass, PassResult
 from ntc.program import Program
 from ntc_passes.calibrate import percentile_of, positive_threshold, threshold_from
-from ntc_passes.replace_attention import check_percentile, check_steps
+from ntc_passes.replace_attention import check_percentile, check_steps, check_switch
 
 __all__ = ["ActivationFit", "ConvertFfn", "fit_relu"]
 
@@ -53,15 +55,18 @@ class Options:
         steps: T, time steps of the neurons.
         percentile: Percentile of the activations that becomes the threshold.
         activation: What stands for GELU: ``fit`` or ``relu``.
+        convert: Whether to convert at all: false, set for some modules in an override, leaves their activation.
     """
 
     steps: int = 4
     percentile: float = 99.9
     activation: Literal["fit", "relu"] = "fit"
+    convert: bool = True
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_percentile(self.percentile)
+        check_switch("convert", self.convert)
         if self.activation not in ("fit", "relu"):
             raise ValueError(f"activation must be 'fit' or 'relu', got {self.activation!r}")
 
@@ -83,7 +88,7 @@ class ConvertFfn(Pass):
     name = "convert-ffn"
     requires = frozenset({"canonical", "calibrated"})
     provides = frozenset({"neurons-annotated"})
-    removes = frozenset({"thresholds-folded"})
+    removes = frozenset({"thresholds-folded", "spiking"})  # rates again, until insert-neurons
     required = True
     Options = Options
 
@@ -93,11 +98,12 @@ class ConvertFfn(Pass):
         for node in list(program.graph.nodes):
             if node.target not in (aten.gelu.default, aten.relu.default):
                 continue
-            reason = _refusal(node)
+            options = self.at(node, context)
+            reason = _refusal(node) if options.convert else LEFT_ANALOG
             if reason:
                 missed.append((node.name, reason))
                 continue
-            residuals[block_of(node) or node.name] = _rewrite(program, node, self.at(node, context))
+            residuals[block_of(node) or node.name] = _rewrite(program, node, options)
             sites += 1
         return PassResult(sites > 0, sites, tuple(missed), notes={"relative_squared_error": residuals} if sites else {})
 

@@ -18,6 +18,9 @@ head) between the T-step spiking result and the softmax attention it replaces, o
 chosen there too (``leaks``). With ``output = "spikes"`` a fourth neuron follows ``%scaled`` (Spikformer's second threshold),
 so that the output projection is driven by spikes too. This is not exact, and without fine-tuning it costs quality: the
 history says how much the logits moved, how much of each block's attention is explained, and which leaks were chosen.
+
+An attention whose module has ``convert = false`` stays as it is and is listed as missed. A program that spikes already, with some
+attention left so, can be run through the recipe again to convert more of it: the fit then sees what the spikes before it give.
 """
 
 from __future__ import annotations
@@ -28,14 +31,14 @@ from torch.fx import Node
 from ntc.errors import PassError
 from ntc.meta import NEURON, STATS, block_of, building, module_of
 from ntc.ops import aten
-from ntc.pipeline import Context, Pass, PassResult
+from ntc.pipeline import LEFT_ANALOG, Context, Pass, PassResult
 from ntc.program import Program
 from ntc_passes.replace_attention.fit import Gain, fit_gains
 from ntc_passes.replace_attention.leaks import choose_leaks
-from ntc_passes.replace_attention.options import Options, check_percentile, check_steps
+from ntc_passes.replace_attention.options import Options, check_percentile, check_steps, check_switch
 from ntc_passes.replace_attention.site import Site, decide, normalized
 
-__all__ = ["ReplaceAttention", "check_percentile", "check_steps"]
+__all__ = ["ReplaceAttention", "check_percentile", "check_steps", "check_switch"]
 
 
 class ReplaceAttention(Pass):
@@ -44,7 +47,7 @@ class ReplaceAttention(Pass):
     name = "replace-attention"
     requires = frozenset({"canonical", "calibrated"})
     provides = frozenset({"neurons-annotated"})
-    removes = frozenset({"thresholds-folded"})
+    removes = frozenset({"thresholds-folded", "spiking"})  # rates again, until insert-neurons
     required = True
     Options = Options
 
@@ -56,7 +59,11 @@ class ReplaceAttention(Pass):
         nodes = [n for n in program.graph.nodes if n.target is torch.ops.ntc.attention.default]
         if not nodes:
             return PassResult(False, missed=_near_misses(program))
-        sites = {node: decide(node, self.at(node, context), program.info.context) for node in nodes}
+        options = {node: self.at(node, context) for node in nodes}
+        left = tuple((node.name, LEFT_ANALOG) for node in nodes if not options[node].convert)
+        if len(left) == len(nodes):
+            return PassResult(False, missed=left)
+        sites = {node: decide(node, given, program.info.context) for node, given in options.items() if given.convert}
         choose_leaks(program, sites, calibration, lambda done, total: context.progress("choose leaks", done, total))
         gains = fit_gains(program, sites, calibration, lambda done, total: context.progress(self.name, done, total))
         explained, leaks = {}, {}
@@ -66,7 +73,7 @@ class ReplaceAttention(Pass):
             if site.leak is not None:
                 leaks[place] = _leaks_of(site)
             _rewrite(program, node, site, gains[node])
-        return PassResult(True, len(nodes), notes={"explained_variance": explained, **({"leaks": leaks} if leaks else {})})
+        return PassResult(True, len(sites), left, notes={"explained_variance": explained, **({"leaks": leaks} if leaks else {})})
 
 
 def _near_misses(program: Program) -> tuple[tuple[str, str], ...]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from ntc.meta import NeuronSpec
 
-__all__ = ["Normalizer", "Options", "check_percentile", "check_steps"]
+__all__ = ["Normalizer", "Options", "check_percentile", "check_steps", "check_switch"]
 
 Normalizer = Literal["position", "learned-position", "leak", "channel-leak", "rms", "leak-rms", "row-sum"]
 
@@ -35,6 +35,7 @@ class Options:
             are decoded and projected as an analog value. On the reference GPT-2 at T = 4 the two differ by 0.5 % in
             perplexity before fine-tuning.
         output_percentile: Threshold of the output neuron.
+        convert: Whether to convert at all: false, set for some modules in an override, leaves their softmax attention.
     """
 
     steps: int = 4
@@ -48,15 +49,15 @@ class Options:
     gain: Literal["channel", "head"] = "channel"
     output: Literal["current", "spikes"] = "spikes"
     output_percentile: float = 99.0
+    convert: bool = True
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_percentile(self.percentile)
         check_percentile(self.output_percentile)
         signs = ("signed_query", "signed_key", "signed_value")
-        for name in signs:
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in (*signs, "convert"):
+            check_switch(name, getattr(self, name))
         _check_choice("normalizer", self.normalizer, get_args(Normalizer))
         _check_choice("neuron", self.neuron, ("if", "lif"))
         _check_choice("gain", self.gain, ("channel", "head"))
@@ -92,6 +93,12 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         *others, last = map(repr, choices)
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false."""
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be true or false, got {value!r}")
 
 
 def check_steps(steps: int) -> None:
