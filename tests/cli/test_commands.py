@@ -53,7 +53,7 @@ def check_keys(command: str, data: dict[str, Any]) -> None:
         head = re.split(r"\[\]|\.", key)[0]
         nothing = any(key.startswith((p + "[]", p + ".")) for p in found)
         assert head in data, f"ntc {command} lacks {key}"
-        if not nothing and "*" not in key and key not in ("quality", "energy", "confidence"):
+        if not nothing and "*" not in key and key not in ("quality", "energy", "confidence", "baseline"):
             assert any(covers(key, p) for p in found), f"ntc {command} lacks {key}"
 
 
@@ -82,7 +82,7 @@ def test_version_help_and_module() -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("command", ["check", "compile", "evaluate", "energy", "export", "explain", "passes", "recipes", "recipes show"])
+@pytest.mark.parametrize("command", ["check", "compile", "finetune", "evaluate", "energy", "export", "explain", "passes", "recipes", "recipes show"])
 def test_every_help_has_an_example(command: str) -> None:
     text = shown(*command.split(), "--help")
     assert re.search(rf"Examples?:\s+ntc {command}", text), text
