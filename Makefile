@@ -6,6 +6,9 @@ DEMO_DATA := examples/data/books-sample.txt
 DEMO_OUT := build/demo
 DEMO_STEPS := 4
 DEMO_EMIT := onnx,netlist,energy
+# Fine-tuning of the demo: enough to see what it is good for, in one to two minutes.
+DEMO_TEXT := examples/gpt2-books/calibration.txt
+DEMO_TOKENS := 100000
 # Options for pytest, such as: make test PYTEST_ARGS="-k netlist -x"
 PYTEST_ARGS :=
 
@@ -24,9 +27,11 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## Compile the reference GPT-2 to a spiking network and evaluate it against the original
+demo: $(STAMP) ## Compile the reference GPT-2 to a spiking network, fine-tune it, evaluate both against the original
 	$(BIN)/ntc compile $(DEMO_MODEL) -o $(DEMO_OUT) --steps $(DEMO_STEPS) --emit $(DEMO_EMIT) --overwrite
 	$(BIN)/ntc evaluate $(DEMO_OUT) --data $(DEMO_DATA) --against $(DEMO_MODEL)
+	$(BIN)/ntc finetune $(DEMO_OUT) --data $(DEMO_TEXT) -o $(DEMO_OUT)-tuned --max-tokens $(DEMO_TOKENS) --overwrite
+	$(BIN)/ntc evaluate $(DEMO_OUT)-tuned --data $(DEMO_DATA) --against $(DEMO_MODEL)
 
 test: $(STAMP) ## Run the tests, without the slow ones
 	$(TEST_ENV) $(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
@@ -41,7 +46,7 @@ golden: $(STAMP) ## Rewrite the golden files in tests/golden; read the diff befo
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" --update-golden $(PYTEST_ARGS)
 
 clean: ## Remove the demo's output and the caches; .venv and the rest of build stay
-	rm -rf $(DEMO_OUT) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(DEMO_OUT) $(DEMO_OUT)-tuned $(DEMO_OUT)-tuned.work dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, so that a failing download of the one large package shows at once. The build tools are installed
