@@ -32,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
         epilog="Examples:\n\n"
         "ntc finetune build/demo --data examples/gpt2-books/calibration.txt -o build/tuned --max-tokens 100000\n\n"
         "ntc finetune build/demo --data books.txt.xz --data more.jsonl -o build/tuned --max-minutes 60 --group ssa --baseline\n\n"
-        "accelerate launch --num_processes 2 --cpu -m ntc finetune build/demo --data books.txt.xz -o build/tuned --json",
+        "accelerate launch --multi_gpu --num_processes 2 -m ntc finetune build/demo --data books.txt.xz -o build/tuned --json",
     )(finetune)
 
 
