@@ -39,7 +39,7 @@ def training_progress(output: Output, *, silent: bool = False) -> Iterator[Calla
         yield say
         return
     columns = (
-        SpinnerColumn(style="cyan"), TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[number]}"),
+        SpinnerColumn(style="cyan"), TextColumn("{task.description}"), BarColumn(10), TextColumn("{task.fields[number]}"),
         TextColumn("{task.fields[figures]}", style="dim"),
     )  # fmt: skip
     with Progress(*columns, console=output.errors, transient=True) as bar:
@@ -52,7 +52,7 @@ def training_progress(output: Output, *, silent: bool = False) -> Iterator[Calla
             number = f"{news.done}/{news.total}" if news.total else count(news.done) if news.done else ""
             label = f"{news.stage} {news.message}".strip()
             bar.update(
-                task, description=label.ljust(10), completed=news.done, total=news.total or None, number=number,
+                task, description=label, completed=news.done, total=news.total or None, number=number,
                 figures=_figures(dict(news.figures)) if news.stage.endswith("train") else "",
             )  # fmt: skip
 
@@ -63,9 +63,12 @@ def _figures(figures: dict[str, Any]) -> str:
     """The latest values in one line."""
     rates = (figures.get("rates") or {}).values()
     shown = (
-        ("loss {:.3f}", figures.get("loss")), ("perplexity {:.2f}", figures.get("valid_perplexity")),
-        ("rate {:.3f}", sum(rates) / len(rates) if rates else None), ("{:,.0f} tokens/s", figures.get("tokens_per_second")),
+        ("loss {:.3f}", figures.get("loss")), ("perplexity {:.1f}", figures.get("valid_perplexity")),
+        ("rate {:.3f}", sum(rates) / len(rates) if rates else None), ("{} left", _time(figures.get("seconds_left"))),
+        ("{:,.0f} tokens/s", figures.get("tokens_per_second")),
     )  # fmt: skip
-    parts = [form.format(value) for form, value in shown if value is not None]
-    left = figures.get("seconds_left")
-    return "  ".join([*parts, f"{duration(left)} left"] if left is not None else parts)
+    return "  ".join(form.format(value) for form, value in shown if value is not None)  # on a narrow terminal the end is cut off
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else duration(seconds)

@@ -30,6 +30,19 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def quick(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Options of a run that takes no time: its teacher lies in a folder and need not be captured."""
+    from ntc import artifact
+    from ntc.training.prepare import network_from
+
+    folder = tmp_path_factory.mktemp("original") / "original"
+    folder.mkdir()
+    artifact.save(network_from(model), folder)
+    artifact.seal(folder)
+    return (*QUICK, "--teacher", folder)
+
+
 def test_json(compiled: Path, words: Path, tmp_path: Path) -> None:
     data = result("finetune", compiled, "--data", words, "-o", tmp_path / "out", *QUICK, "--baseline", "--validate-every", 3)
     check_keys("finetune", data)
@@ -44,22 +57,22 @@ def test_json(compiled: Path, words: Path, tmp_path: Path) -> None:
     assert quality["perplexity_tuned"] is not None
 
 
-def test_table(compiled: Path, words: Path, tmp_path: Path) -> None:
-    out = shown("finetune", compiled, "--data", words, "-o", tmp_path / "out", *QUICK)
+def test_table(compiled: Path, words: Path, quick: Any, tmp_path: Path) -> None:
+    out = shown("finetune", compiled, "--data", words, "-o", tmp_path / "out", *quick)
     for part in ("Fine-tuned", "6 steps", "words.txt", "before", "after", "original", "perplexity", "firing rates  q", "Next: ntc evaluate"):
         assert part in out, part
     assert "original, tuned" not in out
 
 
-def test_work_is_kept_on_demand_and_the_log_is_that_of_the_folder(compiled: Path, words: Path, tmp_path: Path) -> None:
-    result("finetune", compiled, "--data", words, "-o", tmp_path / "out", *QUICK, "--keep-work")
+def test_work_is_kept_on_demand_and_the_log_is_that_of_the_folder(compiled: Path, words: Path, quick: Any, tmp_path: Path) -> None:
+    result("finetune", compiled, "--data", words, "-o", tmp_path / "out", *quick, "--keep-work")
     work = tmp_path / "out.work"
     assert {"training.last.pt", "training.jsonl"} <= {p.name for p in work.iterdir()}
     assert (work / "training.jsonl").read_bytes() == (tmp_path / "out" / "training.jsonl").read_bytes()
 
 
-def test_the_same_command_goes_on_after_a_kill(compiled: Path, words: Path, tmp_path: Path) -> None:
-    arguments = ("finetune", compiled, "--data", words, *QUICK, "--max-tokens", 8 * 24 * 120, "--save-every", 5, "--set", "log_every=5")
+def test_the_same_command_goes_on_after_a_kill(compiled: Path, words: Path, quick: Any, tmp_path: Path) -> None:
+    arguments = ("finetune", compiled, "--data", words, *quick, "--max-tokens", 8 * 24 * 120, "--save-every", 5, "--set", "log_every=5")
     process = start_ntc(*arguments, "-o", tmp_path / "out")
     log = tmp_path / "out.work" / "training.jsonl"
     deadline = time.monotonic() + 240
@@ -80,7 +93,7 @@ def test_the_same_command_goes_on_after_a_kill(compiled: Path, words: Path, tmp_
     assert [r["step"] for r in rows] == list(range(0, 121, 5))
 
 
-def test_ctrl_c(compiled: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c(compiled: Path, words: Path, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ntc.training.loop import Trainer
 
     say = Trainer._say
@@ -90,7 +103,7 @@ def test_ctrl_c(compiled: Path, words: Path, tmp_path: Path, monkeypatch: pytest
         if stage == "train" and self.state.step == 3:
             signal.raise_signal(signal.SIGINT)
 
-    arguments = ("finetune", compiled, "--data", words, "-o", tmp_path / "out", *QUICK)
+    arguments = ("finetune", compiled, "--data", words, "-o", tmp_path / "out", *quick)
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_say", stop)
         ran = run_ntc(*arguments)
@@ -99,7 +112,7 @@ def test_ctrl_c(compiled: Path, words: Path, tmp_path: Path, monkeypatch: pytest
     assert result(*arguments)["resumed_step"] == 3
 
 
-def test_failure_and_keep_best(compiled: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_and_keep_best(compiled: Path, words: Path, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ntc.errors import TrainingError
     from ntc.training.watch import Divergence
 
@@ -108,15 +121,15 @@ def test_failure_and_keep_best(compiled: Path, words: Path, tmp_path: Path, monk
             raise TrainingError("the loss diverges")
 
     monkeypatch.setattr(Divergence, "see", see)
-    arguments = ("finetune", compiled, "--data", words, *QUICK, "--validate-every", 2)
+    arguments = ("finetune", compiled, "--data", words, *quick, "--validate-every", 2)
     refused(*arguments, "-o", tmp_path / "a", says="the loss diverges$")
     assert not (tmp_path / "a").exists()
     refused(*arguments, "-o", tmp_path / "b", "--keep-best", says=r"the loss diverges; the best program so far, of step 4 with perplexity .* is in .*b$")
     assert result("energy", tmp_path / "b")["tokens"]
 
 
-def test_warnings_are_shown_once(compiled: Path, words: Path, tmp_path: Path) -> None:
-    ran = run_ntc("finetune", compiled, "--data", words, "-o", tmp_path / "out", *QUICK, "--target-rate", 0.01, "--json")
+def test_warnings_are_shown_once(compiled: Path, words: Path, quick: Any, tmp_path: Path) -> None:
+    ran = run_ntc("finetune", compiled, "--data", words, "-o", tmp_path / "out", *quick, "--target-rate", 0.01, "--json")
     assert ran.code == 0, ran.err
     (warning,) = [w for w in ran.json["warnings"] if "above the target rate of 0.01" in w]
     assert ran.err.count("above the target rate") == 1
@@ -186,3 +199,27 @@ def test_compile_refuses_before_it_begins(model: Path, words: Path, tmp_path: Pa
     refused("compile", model, "-o", tmp_path / "out", "--group", "ssa", says="--group is for fine-tuning")
     refused("compile", model, "-o", tmp_path / "out", "--finetune", words, "--group", "all of it", says="no group of parameters")
     nothing_left(tmp_path)
+
+
+def test_the_bar_is_shown_on_a_terminal_and_messages_everywhere() -> None:
+    import io
+
+    from rich.console import Console
+
+    from ntc.cli.output import Output
+    from ntc.cli.training_progress import training_progress
+    from ntc.training.state import News
+
+    figures = {"loss": 1.2345, "valid_perplexity": 98.76, "rates": {"h.0.q": 0.25, "h.0.k": 0.35}, "tokens_per_second": 2345.6, "seconds_left": 42.0}
+    for terminal, silent in ((True, False), (False, False), (True, True)):
+        stream = io.StringIO()
+        output = Output(False, 0, Console(file=io.StringIO()), Console(file=stream, force_terminal=terminal, width=120), io.StringIO())
+        with training_progress(output, silent=silent) as news:
+            news(News("load"))
+            news(News("resume", message="going on from step 7"))
+            news(News("train", 8, 20, figures))
+            news(News("warning", message="dead layer"))
+        shown = stream.getvalue()
+        bar = all(part in shown for part in ("8/20", "loss 1.234", "perplexity 98.8", "rate 0.300", "42.0 s left", "2,346 tokens/s"))
+        assert bar is (terminal and not silent)
+        assert ("going on from step 7" in shown and "dead layer" in shown) is not silent

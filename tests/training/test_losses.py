@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ntc.errors import ConfigError
+from ntc.program import Program
 from ntc.testing import example_ids
 from ntc.training.form import Population, TrainingForm
 from ntc.training.groups import roles_of, trained
@@ -144,10 +146,14 @@ def test_what_an_objective_refuses() -> None:
     with pytest.raises(ConfigError, match="give a teacher, or weigh both 0"):
         Objective(form(), None, config())
     Objective(form(), None, config(kl=0.0))
+    teacher = TrainingForm(canonical())
+    teacher.program = Program(canonical().module, replace(canonical().info, vocab_size=40), canonical().example)
     with pytest.raises(ConfigError, match=r"61 tokens in its vocabulary and the teacher .* has 40"):
-        Objective(form(), TrainingForm(canonical(vocab_size=40)), config())
+        Objective(form(), teacher, config())
+    teacher = TrainingForm(canonical())
+    teacher.blocks = teacher.blocks[:1]
     with pytest.raises(ConfigError, match=r"transformer.h.0, transformer.h.1 where the teacher has transformer.h.0:"):
-        Objective(form(), TrainingForm(canonical(n_layer=1)), config(hidden=1.0))
+        Objective(form(), teacher, config(hidden=1.0))
     analog = TrainingForm(canonical(), trained(roles_of(canonical()), "all"))
     with pytest.raises(ConfigError, match="no rate to keep down"):
         Objective(analog, TrainingForm(canonical()), config(target_rate=0.1))

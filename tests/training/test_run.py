@@ -16,6 +16,7 @@ import torch
 import ntc
 from ntc import artifact
 from ntc.errors import ArtifactError, ConfigError, DataError, TrainingError
+from ntc.program import Program
 from ntc.quality import perplexity
 from ntc.text import tokens_from
 from ntc.training.config import TrainingConfig
@@ -29,6 +30,12 @@ TOKENS = 8 * 24 * 12
 
 def config(**options: Any) -> TrainingConfig:
     return TrainingConfig(**{"rows": 8, "max_tokens": TOKENS, "warmup": 2, "validate_every": 6, "log_every": 2, "bf16": False, **options})
+
+
+@pytest.fixture(scope="module")
+def original(model: Path) -> Program:
+    """The teacher, captured once for all runs."""
+    return network_from(model)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +127,7 @@ def test_the_baseline_saw_the_same_windows(found: Finetuned, written: Path) -> N
     assert (written / BASELINE / "training.jsonl").is_file()
 
 
-def test_the_baseline_may_have_its_own_learning_rate(compiled: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_baseline_may_have_its_own_learning_rate(compiled: Path, text: Path, original: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     from ntc.training.windows import PackedCorpus
 
     seen: list[tuple[int, bytes]] = []
@@ -132,14 +139,14 @@ def test_the_baseline_may_have_its_own_learning_rate(compiled: Path, text: Path,
         return ids
 
     monkeypatch.setattr(PackedCorpus, "batch", watched)
-    found = finetune(compiled, text, config=config(max_tokens=8 * 24 * 3), baseline=True, baseline_lr=1e-4)
+    found = finetune(compiled, text, config=config(max_tokens=8 * 24 * 3), teacher=original, baseline=True, baseline_lr=1e-4)
     assert found.to_json()["baseline"]["lr"] == 1e-4
     assert seen[:3] == seen[3:]
     assert len(set(seen)) == 3
 
 
-def test_a_baseline_from_an_earlier_run(written: Path, compiled: Path, text: Path, found: Finetuned, tmp_path: Path) -> None:
-    again = finetune(compiled, text, config=config(ce=1.0), baseline_from=written)
+def test_a_baseline_from_an_earlier_run(written: Path, compiled: Path, text: Path, found: Finetuned, original: Program, tmp_path: Path) -> None:
+    again = finetune(compiled, text, config=config(ce=1.0), teacher=original, baseline_from=written)
     assert again.baseline is not None
     assert again.to_json()["perplexity_tuned"] == pytest.approx(found.to_json()["perplexity_tuned"])
     write_finetuned(again, tmp_path / "out", source=compiled)
@@ -156,13 +163,13 @@ def test_a_baseline_from_an_earlier_run(written: Path, compiled: Path, text: Pat
         finetune(compiled, text, config=config(), baseline_from=written, baseline=True)
 
 
-def test_programs_and_models_as_teachers(compiled: Path, model: Path, written: Path, text: Path) -> None:
+def test_programs_and_models_as_teachers(compiled: Path, model: Path, written: Path, original: Program, text: Path) -> None:
     program = ntc.load(compiled)
     tokenizer = ntc.frontend.load_tokenizer(model)
     short = config(max_tokens=8 * 24 * 2)
     by_default = finetune(program, text, config=short, tokenizer=tokenizer)
     by_name = finetune(program, text, config=short, tokenizer=tokenizer, teacher=model)
-    by_program = finetune(program, [text], config=short, tokenizer=tokenizer, teacher=ntc.capture(model))
+    by_program = finetune(program, [text], config=short, tokenizer=tokenizer, teacher=original)
     losses = [[row.get("loss") for row in f.log] for f in (by_default, by_name, by_program)]
     assert losses[0] == losses[1] == losses[2]
     assert by_default.teacher == str(model)
@@ -187,20 +194,20 @@ def test_an_analog_program_is_trained_too(written: Path, text: Path) -> None:
     assert found.to_json()["perplexity_after"] < found.to_json()["perplexity_before"]
 
 
-def test_validation_text_of_its_own(compiled: Path, text: Path, tmp_path: Path) -> None:
+def test_validation_text_of_its_own(compiled: Path, text: Path, original: Program, tmp_path: Path) -> None:
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("the dog sleeps. " * 40)
-    found = finetune(compiled, text, config=config(max_tokens=8 * 24 * 2, validation_windows=5), validation=held_out)
+    found = finetune(compiled, text, config=config(max_tokens=8 * 24 * 2, validation_windows=5), validation=held_out, teacher=original)
     tokens = tokens_from(held_out, ntc.frontend.load_tokenizer(compiled / "tokenizer"), 24, 5 * 24)
     assert found.validation["sha256"] == tokens.sha256
     assert found.to_json()["perplexity_before"] == pytest.approx(perplexity(ntc.load(compiled), tokens), rel=1e-5)
 
 
-def test_streaming(compiled: Path, text: Path, tmp_path: Path) -> None:
+def test_streaming(compiled: Path, text: Path, original: Program, tmp_path: Path) -> None:
     """Streamed text is read again from its beginning for the baseline."""
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("the dog sleeps. " * 40)
-    found = finetune(compiled, text, config=config(max_tokens=8 * 24 * 3), streaming=True, validation=held_out, baseline=True)
+    found = finetune(compiled, text, config=config(max_tokens=8 * 24 * 3), streaming=True, validation=held_out, baseline=True, teacher=original)
     assert found.data["tokens"] is None
     assert figures_of(found.baseline)["data_sha256"] == found.data["sha256"]  # type: ignore[arg-type]
     with pytest.raises(DataError, match="give a validation text"):
@@ -220,8 +227,8 @@ def test_streaming(compiled: Path, text: Path, tmp_path: Path) -> None:
         ({"program": "nowhere"}, ArtifactError, "there is no folder nowhere"),
     ],
 )
-def test_what_is_refused_leaves_nothing(compiled: Path, text: Path, tmp_path: Path, options: Any, error: Any, says: str) -> None:
-    given = {"program": compiled, "data": text, "config": config(), "work": tmp_path / "work", **options}
+def test_what_is_refused_leaves_nothing(compiled: Path, text: Path, original: Program, tmp_path: Path, options: Any, error: Any, says: str) -> None:
+    given = {"program": compiled, "data": text, "config": config(), "teacher": original, "work": tmp_path / "work", **options}
     with pytest.raises(error, match=says):
         finetune(given.pop("program"), given.pop("data"), **given)
     assert not (tmp_path / "work").exists()
@@ -234,7 +241,7 @@ def test_a_short_text_needs_a_validation_text(compiled: Path, tmp_path: Path) ->
         finetune(compiled, short, config=config(rows=1))
 
 
-def test_a_failed_run_hands_over_its_best_program(compiled: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_hands_over_its_best_program(compiled: Path, text: Path, original: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ntc.training.watch import Divergence
 
     def see(self: Any, step: int, loss: float) -> None:
@@ -243,36 +250,35 @@ def test_a_failed_run_hands_over_its_best_program(compiled: Path, text: Path, tm
 
     monkeypatch.setattr(Divergence, "see", see)
     with pytest.raises(TrainingError) as raised:
-        finetune(compiled, text, config=config(lr=3e-3), work=tmp_path / "work", keep_best=True)
+        finetune(compiled, text, config=config(lr=3e-3), teacher=original, work=tmp_path / "work", keep_best=True)
     best = raised.value.best
     assert isinstance(best, Finetuned)
     assert best.outcome.best_step == 6
     assert best.to_json()["perplexity_after"] < best.to_json()["perplexity_before"]
     with pytest.raises(TrainingError) as raised:
-        finetune(compiled, text, config=config(lr=3e-3), work=tmp_path / "again")
+        finetune(compiled, text, config=config(lr=3e-3), teacher=original, work=tmp_path / "again")
     assert raised.value.best is None
 
 
-def test_a_run_goes_on_in_its_baseline(compiled: Path, text: Path, tmp_path: Path, found: Finetuned) -> None:
+def test_a_run_goes_on_in_its_baseline(compiled: Path, text: Path, original: Program, tmp_path: Path, found: Finetuned) -> None:
     def stop(news: News) -> None:
         if news.stage == "baseline: train" and news.done == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(compiled, text, config=config(lr=3e-3), baseline=True, work=tmp_path, news=stop)
+        finetune(compiled, text, config=config(lr=3e-3), teacher=original, baseline=True, work=tmp_path, news=stop)
     said: list[str] = []
-    again = finetune(compiled, text, config=config(lr=3e-3), baseline=True, work=tmp_path, news=lambda n: said.append(n.message or n.stage))
+    again = finetune(compiled, text, config=config(lr=3e-3), teacher=original, baseline=True, work=tmp_path, news=lambda n: said.append(n.message or n.stage))
     assert "train" not in said
     assert f"baseline: going on from step 8 of the run in {tmp_path}" in said
     assert again.to_json()["perplexity_tuned"] == found.to_json()["perplexity_tuned"]
 
 
-def test_two_processes_are_one(compiled: Path, text: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(compiled: Path, text: Path, original: Program, tmp_path: Path) -> None:
     """With half of each step's windows in either, the analog network has the same losses but for the order of float32 sums."""
     folder = tmp_path / "analog"
-    analog = network_from(ntc.load(compiled).info.source)
     folder.mkdir()
-    artifact.save(analog, folder)
+    artifact.save(original, folder)
     shutil.copytree(compiled / "tokenizer", folder / "tokenizer")
     artifact.seal(folder)
     options = [
