@@ -183,7 +183,8 @@ class Writer:
         arguments = bound(node)
         variants = functions_in(text)
         vocabulary = {word for f in variants for word in f.overload.split(".") if word}
-        words = {k for k, v in arguments.items() if v is True or isinstance(v, Node)} | {v for v in arguments.values() if isinstance(v, str)}
+        words = {v for v in arguments.values() if isinstance(v, str)}
+        words |= {k for k, v in arguments.items() if v is True or isinstance(v, Node)}
         chosen = [f for f in variants if set(filter(None, f.overload.split("."))) == words & vocabulary]
         if len(chosen) != 1:
             raise BackendError(f"no ONNX function of {node.target} is for {sorted(words & vocabulary)}: {where(node)}")
