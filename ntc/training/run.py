@@ -51,6 +51,7 @@ class Finetuned:
         parameters: Numbers in them.
         resumed_step: Step of the checkpoint that the run went on from; None if it began anew.
         warnings: One sentence each.
+        blockwise: The program between the two stages, every layer fitted by itself; None if ``blockwise_tokens`` was 0.
         is_main: Whether this process is the one that writes.
     """
 
@@ -66,6 +67,7 @@ class Finetuned:
     parameters: int
     resumed_step: int | None
     warnings: tuple[str, ...]
+    blockwise: Program | None = None
     is_main: bool = True
     baseline_log: tuple[Mapping[str, Any], ...] = ()
 
@@ -202,7 +204,7 @@ def finetune(
                 teacher=original.info.source if original is not None else "", perplexity_ann=ann, baseline=None,
                 trained=tuple(sorted(names)), parameters=sum(program.tensor(n).numel() for n in names),
                 resumed_step=trainer.resumed_step, warnings=(*outcome.warnings, *_remarks(outcome, config)),
-                is_main=accelerator.is_main_process,
+                blockwise=None if blockwise is None else blockwise.program, is_main=accelerator.is_main_process,
             )  # fmt: skip
 
         try:

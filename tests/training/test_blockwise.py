@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from ntc.text import tokens_from
 from ntc.training.blockwise import layer_loss
 from ntc.training.run import finetune
+from ntc.training.validation import validate
 from tests.programs import canonical
 from tests.training.training_cases import WINDOW, chain, config, without_ties
 
@@ -39,6 +42,11 @@ def test_blockwise_stage_brings_layers_nearer_and_is_part_of_the_run(tmp_path):
     assert errors[-1] < 0.95 * errors[0]
     assert [row["step"] for row in found.log] == sorted(row["step"] for row in found.log)
     assert found.baseline_log[-1]["tokens"] == found.outcome.tokens  # the original saw as much
+    between = [r["valid_perplexity"] for r in found.log if r.get("stage") == "blockwise" and "valid_perplexity" in r][-1]
+    tokens_held_out = tokens_from(held_out, numbers(), WINDOW)
+    assert found.blockwise is not None
+    assert validate(found.blockwise, tokens_held_out).perplexity == pytest.approx(between)
+    assert validate(found.program, tokens_held_out).perplexity == pytest.approx(found.outcome.after["valid_perplexity"])
 
 
 def numbers() -> PreTrainedTokenizerFast:
