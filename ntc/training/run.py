@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ntc import artifact
 from ntc.errors import ConfigError, TrainingError
 from ntc.frontend import load_tokenizer
@@ -170,6 +172,8 @@ def finetune(
         original = network_from(source_of(program, "a teacher, or weigh kl and hidden 0") if teacher is None else teacher)
     untuned = _network_of_baseline(program, original, baseline) if baseline else None
     config = decided(config, program, accelerator.num_processes)
+    if config.compile:
+        torch.compiler.reset()  # torch compiles a function for eight networks per process and would run the ninth uncompiled
     beginning = corpus.state_dict()
     with _place(work, accelerator) as place:
         common = {"program": identity_of(program), "training text": corpus.sha256, "validation text": held_out.sha256}
