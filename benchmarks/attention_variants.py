@@ -27,6 +27,7 @@ from typing import Any
 
 from procedures import BOTH, END_TO_END, FREE, ORIGINAL, PROCEDURES, Training
 
+from ntc.cli.options import named_values
 from ntc.compiler import Compilation, compile_model
 from ntc.energy import measure_energy
 from ntc.errors import ConfigError, NtcError, TrainingError
@@ -316,18 +317,10 @@ def parse() -> argparse.Namespace:
     given = {
         "group": args.group, "blockwise_tokens": args.blockwise_tokens, "max_tokens": args.finetune_tokens, "target_rate": args.target_rate,
     }  # fmt: skip
-    args.config = with_options(TrainingConfig(), given | dict(map(_pair, args.finetune)))
+    args.config = with_options(TrainingConfig(), given | named_values("--finetune", args.finetune))
     if args.train is None and (trained := [name for name in args.only or () if name in PROCEDURES]):
         raise ConfigError(f"{trained[0]!r} is a way to train, and there is no text to train on: give --train TEXT")
     return args
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import ntc
+from ntc.cli.options import named_values
 from ntc.folders import is_artifact
 from ntc.frontend import load_tokenizer
 from ntc.recipe import Settings
@@ -244,18 +245,10 @@ def parse() -> argparse.Namespace:
     shown.add_argument("--markdown", action="store_true", help="print the table alone [default: with what it says of the aim]")
     args = p.parse_args()
     args.layers = [int(n) for n in args.layers.split(",")]
-    args.convert, chosen = (dict(map(_pair, pairs)) for pairs in (args.convert, args.finetune))
+    args.convert, chosen = named_values("--convert", args.convert), named_values("--finetune", args.finetune)
     options = {"max_tokens": args.finetune_tokens, "compile": False if args.no_compile else None}
     args.config = with_options(TrainingConfig(), options | chosen)
     return args
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def main() -> None:

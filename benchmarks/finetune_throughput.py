@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import ntc
+from ntc.cli.options import named_values
 from ntc.program import Program
 from ntc.recipe import Settings
 from ntc.text import tokens_from
@@ -155,16 +156,8 @@ def parse() -> argparse.Namespace:
     shown.add_argument("--markdown", action="store_true", help="print a Markdown table")
     args = p.parse_args()
     args.only = args.only or (ORIGINAL, *OPTIONS)
-    args.convert, args.finetune = (dict(map(_pair, pairs)) for pairs in (args.convert, args.finetune))
+    args.convert, args.finetune = named_values("--convert", args.convert), named_values("--finetune", args.finetune)
     return args
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def main() -> None:

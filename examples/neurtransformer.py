@@ -31,6 +31,7 @@ import torch
 from rich.console import Console
 
 import ntc
+from ntc.cli.options import named_values
 from ntc.compiler import default_calibration
 from ntc.folders import is_artifact
 from ntc.registry import find_pass, recipe
@@ -185,24 +186,15 @@ def parse() -> argparse.Namespace:
     args = p.parse_args()
     args.train = args.train or [str(HERE / "gpt2-books" / "calibration.txt")]
     args.calibration = args.calibration or default_calibration(args.model) or Path(args.train[0])
-    args.convert = dict(map(pair, args.convert))
+    args.convert = named_values("--convert", args.convert)
     given = {"max_tokens": None if args.minutes else args.tokens, "max_minutes": args.minutes, "group": args.group}
-    args.config = with_options(ntc.TrainingConfig(), given | dict(map(pair, args.finetune)))
+    args.config = with_options(ntc.TrainingConfig(), given | named_values("--finetune", args.finetune))
     return args
 
 
 def numbers(text: str) -> list[int]:
     """``1,2,4`` as numbers."""
     return [int(t) for t in text.split(",")]
-
-
-def pair(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE``, the value as JSON or else as text."""
-    key, _, value = text.partition("=")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def write_text(path: Path, text: str) -> None:

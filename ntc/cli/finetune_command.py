@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ntc.cli.options import named_values
 from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, duration, session, table
 from ntc.cli.tables import heading
 from ntc.cli.training_progress import training_progress
@@ -144,17 +144,7 @@ def config_from(options: dict[str, Any], pairs: list[str] | None = None) -> Trai
     """
     from ntc.training.config import TrainingConfig, with_options
 
-    given = dict(options)
-    for pair in pairs or ():
-        key, sign, text = pair.partition("=")
-        if not sign or not key.strip():
-            raise ConfigError(f"--set takes KEY=VALUE, got {pair!r}")
-        try:
-            value = tomllib.loads(f"value = {text.strip()}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text.strip()
-        given[key.strip().replace("-", "_")] = value
-    return with_options(TrainingConfig(), given)
+    return with_options(TrainingConfig(), {**options, **named_values("--set", pairs)})
 
 
 def is_first_process() -> bool:

@@ -13,7 +13,7 @@ from ntc.errors import ConfigError
 if TYPE_CHECKING:
     from ntc.recipe import Settings
 
-__all__ = ["Recipe", "SetOptions", "SettingsFile", "Steps", "settings_from"]
+__all__ = ["Recipe", "SetOptions", "SettingsFile", "Steps", "named_values", "settings_from"]
 
 Recipe = Annotated[str, typer.Option(help="Conversion method; ntc recipes lists them.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="T, time steps of all neurons (default: as the recipe says).")]
@@ -32,13 +32,23 @@ def settings_from(file: Path | None, pairs: list[str] | None, steps: int | None,
     from ntc.recipe import Settings, load_settings
 
     settings = load_settings(file) if file is not None else Settings()
-    options: dict[str, Any] = {}
+    named = named_values("--set", pairs)
+    return settings.with_options(**named, **{k: v for k, v in (("steps", steps), ("percentile", percentile)) if v is not None})
+
+
+def named_values(option: str, pairs: list[str] | None) -> dict[str, Any]:
+    """What an option that takes ``KEY=VALUE`` and may be repeated was given; values as TOML reads them.
+
+    Raises:
+        ConfigError: If one has no ``=``.
+    """
+    values: dict[str, Any] = {}
     for pair in pairs or ():
         key, sign, text = pair.partition("=")
         if not sign or not key.strip():
-            raise ConfigError(f"--set takes KEY=VALUE, got {pair!r}")
-        options[key.strip().replace("-", "_")] = _value(text.strip())
-    return settings.with_options(**options, **{k: v for k, v in (("steps", steps), ("percentile", percentile)) if v is not None})
+            raise ConfigError(f"{option} takes KEY=VALUE, got {pair!r}")
+        values[key.strip().replace("-", "_")] = _value(text.strip())
+    return values
 
 
 def _value(text: str) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ntc.errors import ConfigError
 from ntc.training.config import TrainingConfig
 from ntc.training.form import TrainingForm
-from ntc.training.losses import Objective, attention_rate, rate_loss
+from ntc.training.losses import Objective
 
 __all__ = ["BlockwiseObjective", "layer_loss"]
 
@@ -67,9 +67,4 @@ class BlockwiseObjective(Objective):
         pairs = [(a, b) for a, b in zip(ours.hidden, reference.hidden, strict=True) if a.requires_grad]  # what is not trained costs nothing
         hidden = layer_loss(*zip(*pairs, strict=True)) if pairs else ours.logits.sum() * 0.0
         zero = torch.zeros_like(hidden)
-        rate = zero
-        if self.config.rate_weight and self.config.target_rate is not None:
-            rate = rate_loss(attention_rate(ours.rates, self.form.populations), self.config.target_rate)
-        total = self.config.hidden * hidden + self.config.rate_weight * rate
-        means = torch.stack([r.mean() for r in ours.rates]) if ours.rates else torch.zeros(0)
-        return total, torch.stack([zero, zero, hidden, rate]).detach(), means.detach()
+        return self._weighted(zero, zero, hidden, ours)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ntc.errors import ConfigError
 from ntc.training.config import TrainingConfig
-from ntc.training.form import Population, TrainingForm
+from ntc.training.form import Outputs, Population, TrainingForm
 
 __all__ = ["ATTENTION_ROLES", "PARTS", "Losses", "Objective", "attention_rate", "hidden_loss", "logit_losses", "rate_loss"]
 
@@ -133,9 +133,12 @@ class Objective(nn.Module):
             with torch.no_grad():
                 reference = teacher(input_ids)
         ce, kl = logit_losses(ours.logits, reference.logits if reference is not None and config.kl else None, input_ids)
-        zero = torch.zeros_like(ce)
-        hidden = hidden_loss(ours.hidden, reference.hidden) if reference is not None and config.hidden else zero
-        rate = zero
+        hidden = hidden_loss(ours.hidden, reference.hidden) if reference is not None and config.hidden else torch.zeros_like(ce)
+        return self._weighted(ce, kl, hidden, ours)
+
+    def _weighted(self, ce: Tensor, kl: Tensor, hidden: Tensor, ours: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The total, the parts with the rate penalty, and the mean firing rates."""
+        config, rate = self.config, torch.zeros_like(hidden)
         if config.rate_weight and config.target_rate is not None:
             rate = rate_loss(attention_rate(ours.rates, self.form.populations), config.target_rate)
         total = config.ce * ce + config.kl * kl + config.hidden * hidden + config.rate_weight * rate

@@ -8,23 +8,13 @@ from pathlib import Path
 import pytest
 
 import ntc
-from ntc.testing import tiny_gpt2
-from tests.cli.conftest import TEXT, save_tokenizer
+from tests.cli.conftest import TEXT
+from tests.cli.conftest import model as model
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder: two-layer GPT-2, 30 tokens, calibration.txt."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_gpt2(vocab_size=30).save_pretrained(folder)
-    save_tokenizer(folder)
-    (folder / "calibration.txt").write_text(TEXT * 10, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="session")

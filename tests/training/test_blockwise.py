@@ -9,8 +9,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from ntc.errors import ConfigError
 from ntc.text import tokens_from
-from ntc.training.blockwise import layer_loss
+from ntc.training.blockwise import BlockwiseObjective, layer_loss
+from ntc.training.form import TrainingForm
 from ntc.training.run import finetune
 from ntc.training.validation import validate
 from tests.programs import canonical
@@ -47,6 +49,14 @@ def test_blockwise_stage_brings_layers_nearer_and_is_part_of_the_run(tmp_path):
     assert found.blockwise is not None
     assert validate(found.blockwise, tokens_held_out).perplexity == pytest.approx(between)
     assert validate(found.program, tokens_held_out).perplexity == pytest.approx(found.outcome.after["valid_perplexity"])
+
+
+def test_layers_have_to_be_the_same():
+    form, settings = TrainingForm(without_ties(), by_layer=True, forced=True), config(blockwise_tokens=48)
+    with pytest.raises(ConfigError, match="give a teacher"):
+        BlockwiseObjective(form, None, settings)
+    with pytest.raises(ConfigError, match="has 4 attentions and FFNs where the original network has 2"):
+        BlockwiseObjective(form, TrainingForm(canonical(n_layer=1), by_layer=True), settings)
 
 
 def numbers() -> PreTrainedTokenizerFast:
