@@ -6,9 +6,10 @@ DEMO_DATA := examples/data/books-sample.txt
 DEMO_OUT := build/demo
 DEMO_STEPS := 4
 DEMO_EMIT := onnx,netlist,energy
-# Fine-tuning of the demo: enough to see what it is good for, in one to two minutes.
+# Fine-tuning of the demo: enough to see what it is good for, in two minutes. Layer by layer first, then end to end.
 DEMO_TEXT := examples/gpt2-books/calibration.txt
-DEMO_TOKENS := 100000
+DEMO_BLOCKWISE := 150000
+DEMO_TOKENS := 50000
 # Options for pytest, such as: make test PYTEST_ARGS="-k netlist -x"
 PYTEST_ARGS :=
 
@@ -30,7 +31,8 @@ help: ## List the targets
 demo: $(STAMP) ## Compile the reference GPT-2 to a spiking network, fine-tune it, evaluate both against the original
 	$(BIN)/ntc compile $(DEMO_MODEL) -o $(DEMO_OUT) --steps $(DEMO_STEPS) --emit $(DEMO_EMIT) --overwrite
 	$(BIN)/ntc evaluate $(DEMO_OUT) --data $(DEMO_DATA) --against $(DEMO_MODEL)
-	$(BIN)/ntc finetune $(DEMO_OUT) --data $(DEMO_TEXT) -o $(DEMO_OUT)-tuned --max-tokens $(DEMO_TOKENS) --overwrite
+	$(BIN)/ntc finetune $(DEMO_OUT) --data $(DEMO_TEXT) -o $(DEMO_OUT)-tuned --overwrite \
+		--blockwise-tokens $(DEMO_BLOCKWISE) --max-tokens $(DEMO_TOKENS) --lr 5e-4
 	$(BIN)/ntc evaluate $(DEMO_OUT)-tuned --data $(DEMO_DATA) --against $(DEMO_MODEL)
 
 test: $(STAMP) ## Run the tests, without the slow ones
