@@ -48,6 +48,8 @@ class BlockwiseObjective(Objective):
         ConfigError: If the two do not have the same layers.
     """
 
+    measured = ("hidden", "rate")
+
     def __init__(self, form: TrainingForm, teacher: TrainingForm | None, config: TrainingConfig, *, compile: bool = False) -> None:
         if teacher is None:
             raise ConfigError("layers are fitted to those of the original network: give a teacher, or leave blockwise_tokens out")

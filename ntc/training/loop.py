@@ -99,6 +99,7 @@ class Trainer:
         self.form, self.corpus, self.validation, self.config, self.work = form, corpus, validation, config, work
         self.accelerator, self.constants, self.news = accelerator, dict(constants or {}), news
         self.identity = {"config": config.to_json(), **identity}
+        self._measured = {"loss", *objective.measured}
         self.stop_after, self.first_step, self.keep_last = stop_after, first_step, keep_last
         self.state = RunState(steps=config.steps() if steps is None else steps, seconds=first_seconds)
         self.divergence, self.neurons = Divergence(), NeuronWatch()
@@ -298,7 +299,7 @@ class Trainer:
         row: dict[str, Any] = {"step": s.step, "tokens": s.step * config.step_tokens}
         if s.summed:
             weights = {"loss": 1.0, "ce": 1.0, "kl": config.kl, "hidden": config.hidden, "rate": config.rate_weight}
-            row |= {k: v / s.summed for (k, w), v in zip(weights.items(), s.sums, strict=True) if w}
+            row |= {k: v / s.summed for (k, w), v in zip(weights.items(), s.sums, strict=True) if w and k in self._measured}
             row["lr"] = config.lr * learning_rate(config, s.step - 1, s.steps)
             row["tokens_per_second"] = s.summed * config.step_tokens / s.summed_seconds
             row["rates"] = {label: r / s.summed for label, r in zip(self._labels.values(), s.rate_sums, strict=True)}

@@ -16,7 +16,7 @@ its rate taken over all its populations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,8 @@ class Objective(nn.Module):
         ConfigError: If a teacher is needed and missing, has another vocabulary, or has other blocks; if rates are to be kept
             down and nothing fires.
     """
+
+    measured: ClassVar[tuple[str, ...]] = PARTS  # the others are 0 because nobody looked, and stay out of the log
 
     def __init__(self, form: TrainingForm, teacher: TrainingForm | None, config: TrainingConfig, *, compile: bool = False) -> None:
         super().__init__()

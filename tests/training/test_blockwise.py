@@ -40,6 +40,7 @@ def test_blockwise_stage_brings_layers_nearer_and_is_part_of_the_run(tmp_path):
     assert found.outcome.tokens == tokens + 4 * WINDOW * 5
     stages = [row.get("stage") for row in found.log]
     assert stages.count("blockwise") >= 3
+    assert all(("ce" in row) == (row.get("stage") != "blockwise") for row in found.log if "loss" in row)  # there it is not computed
     errors = [row["hidden"] for row in found.log if row.get("stage") == "blockwise" and "hidden" in row]
     assert errors[-1] < 0.95 * errors[0]
     assert [row["step"] for row in found.log] == sorted(row["step"] for row in found.log)
