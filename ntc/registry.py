@@ -1,24 +1,29 @@
-"""Passes, recipes and back ends by name, through entry points: ours have no privilege over a stranger's.
+"""Passes, recipes, back ends and commands by name, through entry points: ours have no privilege over a stranger's.
 
-Groups: ``ntc.passes``, ``ntc.recipes``, ``ntc.backends``. A name that two distributions claim is an error that names both;
-a plug-in that cannot be imported is an error when it is asked for, and is listed with its error.
+Groups: ``ntc.passes``, ``ntc.recipes``, ``ntc.backends``, ``ntc.commands``. A name that two distributions claim is an error that
+names both; a plug-in that cannot be imported is an error when it is asked for, and is listed with its error.
+
+The command line asks this module for the names of commands, so it imports no torch.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ntc.errors import ConfigError
-from ntc.pipeline import Pass
-from ntc.program import Program
-from ntc.recipe import Recipe
 
-__all__ = ["Backend", "Listed", "backend", "find_pass", "listed", "recipe"]
+if TYPE_CHECKING:
+    from ntc.pipeline import Pass
+    from ntc.program import Program
+    from ntc.recipe import Recipe
 
-_GROUPS = {"pass": "ntc.passes", "recipe": "ntc.recipes", "backend": "ntc.backends"}
+__all__ = ["Backend", "Listed", "backend", "command", "command_packages", "find_pass", "listed", "recipe"]
+
+_GROUPS = {"pass": "ntc.passes", "recipe": "ntc.recipes", "backend": "ntc.backends", "command": "ntc.commands"}
 
 
 @runtime_checkable
@@ -97,6 +102,8 @@ def find_pass(name: str) -> type[Pass]:
     Raises:
         ConfigError: If there is none, or it cannot be imported, or it is no pass.
     """
+    from ntc.pipeline import Pass
+
     loaded = _load("pass", name)
     if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
         raise ConfigError(f"entry point {name} of group ntc.passes is no subclass of ntc.Pass")
@@ -107,6 +114,8 @@ def find_pass(name: str) -> type[Pass]:
 
 def recipe(name: str) -> Recipe:
     """The recipe of that name."""
+    from ntc.recipe import Recipe
+
     loaded = _load("recipe", name)
     if not isinstance(loaded, Recipe):
         raise ConfigError(f"entry point {name} of group ntc.recipes is no ntc.Recipe")
@@ -125,8 +134,22 @@ def backend(name: str) -> Backend:
     return found
 
 
+def command(name: str) -> Callable[[Any], object]:
+    """What adds the command of that name to a ``typer.Typer``."""
+    loaded = _load("command", name)
+    if not callable(loaded):
+        raise ConfigError(f"entry point {name} of group ntc.commands is no function: it must add its command to a typer.Typer")
+    found: Callable[[Any], object] = loaded
+    return found
+
+
+def command_packages() -> dict[str, str]:
+    """Names of the commands that plug-ins bring, and the package of each; nothing is imported."""
+    return {name: _dist(point) for name, point in sorted(_points("command").items())}
+
+
 def listed(kind: str) -> list[Listed]:
-    """All plug-ins of a kind (``pass``, ``recipe``, ``backend``), those with import errors included."""
+    """All plug-ins of a kind (``pass``, ``recipe``, ``backend``, ``command``), those with import errors included."""
     rows = []
     for name, point in sorted(_points(kind).items()):
         try:

@@ -24,12 +24,14 @@ from ntc.cli import (
     finetune_command,
     list_commands,
 )
+from ntc.cli.plugin_commands import CommandGroup
 from ntc.errors import NtcError
 
 __all__ = ["app", "run"]
 
 app = typer.Typer(
     name="ntc",
+    cls=CommandGroup,
     help="Compile pretrained language models to spiking networks.",
     epilog="Example: ntc compile examples/gpt2-books -o build/demo --steps 4 --emit onnx,netlist,energy",
     no_args_is_help=True,
