@@ -1,4 +1,4 @@
-"""What a value of the graph is: analog, index, firing rate, spike train or synaptic current.
+"""What a value of the graph is: analog, integer, index, firing rate, spike train or synaptic current.
 
 Mixing decode conventions (mean, sum, weighted sum over the time steps) is the classic bug of spiking-network tools.
 Here every node carries one of the types below (``node.meta["ntc.type"]``), every op declares what it takes and gives,
@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+import torch
+from torch import Tensor
+
 __all__ = [
-    "ANALOG", "INDEX", "Analog", "Code", "CurrentType", "Index", "Levels", "NodeType", "RateType", "Scale", "SpikeType",
-    "from_json", "to_json",
+    "ANALOG", "INDEX", "INTEGER", "Analog", "Code", "CurrentType", "Index", "Integer", "Levels", "NodeType", "RateType", "Scale",
+    "SpikeType", "from_json", "to_json", "type_of_tensor",
 ]  # fmt: skip
 
 Code: TypeAlias = Literal["rate", "phase", "count"]
@@ -34,6 +37,14 @@ class Index:
 
     def __str__(self) -> str:
         return "index"
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A fixed-point number ``[B, L, C]`` of the integer grade: int8, int16 or int32; n stands for n times the scale of its node."""
+
+    def __str__(self) -> str:
+        return "integer"
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,26 @@ class CurrentType:
         return f"current T={self.steps} {self.code}"
 
 
-NodeType: TypeAlias = Analog | Index | RateType | SpikeType | CurrentType
+NodeType: TypeAlias = Analog | Integer | Index | RateType | SpikeType | CurrentType
 
 ANALOG = Analog()
 INDEX = Index()
+INTEGER = Integer()
 
-_KINDS: dict[str, type] = {"analog": Analog, "index": Index, "rate": RateType, "spikes": SpikeType, "current": CurrentType}
+_KINDS: dict[str, type] = {
+    "analog": Analog, "integer": Integer, "index": Index, "rate": RateType, "spikes": SpikeType, "current": CurrentType,
+}  # fmt: skip
+_FIXED_POINT = frozenset({torch.int8, torch.int16, torch.int32})
+
+
+def type_of_tensor(value: object) -> NodeType:
+    """The type of a value without time steps, by its dtype: floating point is analog, int8 to int32 integer, the rest index.
+
+    Ids, positions, masks and sizes are int64 or bool, so a fixed-point value is never taken for one of them.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return ANALOG
+    return INTEGER if isinstance(value, Tensor) and value.dtype in _FIXED_POINT else INDEX
 
 
 def to_json(value: NodeType) -> dict[str, Any]:

@@ -3,10 +3,21 @@
 from ntc.ops.aten import aten as aten
 from ntc.ops.attention import attention as attention
 from ntc.ops.decode import decode as decode
+from ntc.ops.from_integer import from_integer as from_integer
 from ntc.ops.if_neuron import integrate_fire as integrate_fire
 from ntc.ops.if_rate import if_rate as if_rate
+from ntc.ops.integer_attention import integer_attention as integer_attention
+from ntc.ops.integer_attention import integer_attention_stream as integer_attention_stream
+from ntc.ops.integer_fire import integer_fire as integer_fire
+from ntc.ops.integer_linear import integer_linear as integer_linear
+from ntc.ops.integer_lookup import integer_lookup as integer_lookup
+from ntc.ops.integer_norm import integer_norm as integer_norm
+from ntc.ops.interval import Bound as Bound
+from ntc.ops.interval import Inside as Inside
+from ntc.ops.interval import Interval as Interval
 from ntc.ops.lif_neuron import leaky_integrate_fire as leaky_integrate_fire
 from ntc.ops.position_scale import position_scale as position_scale
+from ntc.ops.requantize import requantize as requantize
 from ntc.ops.rms_scale import rms_scale as rms_scale
 from ntc.ops.row_sum_scale import row_sum_scale as row_sum_scale
 from ntc.ops.spec import SPECS as SPECS
@@ -21,7 +32,8 @@ from ntc.ops.spiking_attention import spiking_attention as spiking_attention
 from ntc.ops.spiking_attention import spiking_attention_stream as spiking_attention_stream
 
 __all__ = [
-    "SPECS", "Counts", "OpSpec", "Operand", "TypeMismatch", "aten", "attention", "decode", "if_rate", "integrate_fire",
-    "leaky_integrate_fire", "position_scale", "register", "rms_scale", "row_sum_scale", "spec_of", "spiking_attention",
-    "spiking_attention_stream", "timed",
+    "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "TypeMismatch", "aten", "attention", "decode",
+    "from_integer", "if_rate", "integer_attention", "integer_attention_stream", "integer_fire", "integer_linear", "integer_lookup",
+    "integer_norm", "integrate_fire", "leaky_integrate_fire", "position_scale", "register", "requantize", "rms_scale",
+    "row_sum_scale", "spec_of", "spiking_attention", "spiking_attention_stream", "timed",
 ]  # fmt: skip

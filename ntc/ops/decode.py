@@ -4,7 +4,8 @@ r"""From a train of spikes or currents back to one analog value per neuron.
     count   y = sum_t s(t)
     phase   y = sum_t 2**-(t+1) s(t),  t = 0..T-1
 
-The code is part of the train's type; decoding by another one does not compile.
+The code is part of the train's type; decoding by another one does not compile. Integer trains (int8 spikes, int32 currents of the
+integer grade) have the code ``count``, and their sum is int32.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.fx import Node
 
 from ntc.ops import traced
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
-from ntc.spike_type import ANALOG, CurrentType, NodeType, SpikeType
+from ntc.spike_type import ANALOG, CurrentType, NodeType, SpikeType, type_of_tensor
 
 __all__ = ["DECODE", "decode", "decode_weights"]
 
@@ -34,6 +35,11 @@ def decode_weights(code: str, steps: int) -> list[float]:
     raise ValueError(f"unknown spike code {code!r}")
 
 
+def _check_integer(code: str) -> None:
+    if code != "count":
+        raise ValueError(f"integer trains decode by count, their sum, and not by {code}: its result would not be an integer")
+
+
 @torch.library.custom_op("ntc::decode", mutates_args=())
 def decode(train: Tensor, code: str) -> Tensor:
     """Decode a train ``[T, ...]`` of spikes or currents to its value ``[...]``.
@@ -43,8 +49,14 @@ def decode(train: Tensor, code: str) -> Tensor:
         code: ``rate``, ``count`` or ``phase``.
 
     Returns:
-        The decoded value, without axis 0.
+        The decoded value, without axis 0; int32 of an integer train.
+
+    Raises:
+        ValueError: If the code is unknown, or an integer train is not decoded by ``count``.
     """
+    if not train.is_floating_point():
+        _check_integer(code)
+        return train.sum(0, dtype=torch.int32).contiguous()
     if code == "rate":
         return train.mean(0).contiguous()
     if code == "count":
@@ -56,6 +68,9 @@ def decode(train: Tensor, code: str) -> Tensor:
 
 @decode.register_fake
 def _fake(train: Tensor, code: str) -> Tensor:
+    if not train.is_floating_point():
+        _check_integer(code)
+        return train.new_empty(train.shape[1:], dtype=torch.int32)
     return train.new_empty(train.shape[1:])
 
 
@@ -79,7 +94,7 @@ def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
         raise TypeMismatch(f"decode takes spikes or currents, and %{train.name} is {given}", train)
     if given.code != code:
         raise TypeMismatch(f"decode reads the {code} code, and %{train.name} is {given}", train)
-    return ANALOG
+    return type_of_tensor(node.meta["val"]) if "val" in node.meta else ANALOG
 
 
 def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:

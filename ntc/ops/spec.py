@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.spike_type import ANALOG, INDEX, Analog, CurrentType, NodeType, RateType, SpikeType
+from ntc.ops.interval import BoundRule
+from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType, type_of_tensor
 
 __all__ = [
     "SPECS", "Counts", "Element", "OpSpec", "Operand", "TypeMismatch", "host_rule", "register", "spec_of", "timed",
@@ -104,6 +105,8 @@ class OpSpec:
             has variants, told apart by their ``overload``.
         traced: For ops of ours: the same function of the same arguments in plain torch operations, differentiable and open to
             ``torch.compile``, which training runs in place of the kernel; None = training runs the kernel and its gradient.
+        bound: Of the integer grade: the interval of the result and of what is held inside, from those of the arguments
+            (``ntc.ops.interval``); None = the op has no integer form.
     """
 
     target: Any
@@ -114,6 +117,7 @@ class OpSpec:
     kind: str = "elementwise"
     onnx: str | None = None
     traced: Callable[..., Tensor] | None = None
+    bound: BoundRule | None = None
 
 
 SPECS: dict[Any, OpSpec] = {}
@@ -138,14 +142,12 @@ def timed(value: NodeType) -> bool:
 
 
 def host_rule(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
-    """The rule of ordinary ops: they take analog values and indices, never a value with a time axis."""
+    """The rule of ordinary ops: they take analog values, integers and indices, never a value with a time axis."""
     for argument in node.all_input_nodes:
         given = type_of(argument)
         if timed(given) or isinstance(given, RateType):
             raise TypeMismatch(f"{node.target} takes analog values, and %{argument.name} is {given}; decode it first", argument)
     value = node.meta.get("val")
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return ANALOG
     if value is None and any(isinstance(type_of(a), Analog) for a in node.all_input_nodes):
         return ANALOG
-    return INDEX
+    return type_of_tensor(value)
