@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
+from ntc.ops.interval import Bound, BoundRule, Interval, as_interval
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, host_rule, register, timed
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, Scale, SpikeType
 
@@ -111,6 +113,17 @@ def _sdpa_count(node: Node, operands: Sequence[Operand], result: Operand, measur
     return Counts(dense_macs=dense, macs=dense, elementwise=3 * operands[0].numel // operands[0].shape[-1] * length)
 
 
+def _add_bound(node: Node, context: int, self: Interval | Tensor, other: Interval | Tensor | int, alpha: int) -> Bound:
+    return Bound(as_interval(self) + as_interval(other) * Interval.of(alpha, alpha))
+
+
+def _embedding_bound(node: Node, context: int, weight: Tensor, **_: object) -> Bound:
+    """Any row can be looked up."""
+    return Bound(Interval.over_rows(weight))
+
+
+_BOUNDS: dict[object, BoundRule] = {aten.add.Tensor: _add_bound}
+
 register(OpSpec(aten.linear.default, _linear_type, _linear_count, element="projection", kind="projection"))
 register(OpSpec(aten.mul.Tensor, _scale_type, _per_element(1), element="scale"))
 for _op in (aten.matmul.default, aten.mm.default, aten.bmm.default):
@@ -128,13 +141,13 @@ for _op, _factor, _kind in (
     (aten.masked_fill.Scalar, 1, "attention"), (aten.exp.default, 3, "elementwise"),
     (aten.cos.default, 3, "elementwise"), (aten.sin.default, 3, "elementwise"), (aten.neg.default, 1, "elementwise"),
 ):  # fmt: skip
-    register(OpSpec(_op, host_rule, _per_element(_factor), kind=_kind))
+    register(OpSpec(_op, host_rule, _per_element(_factor), kind=_kind, bound=_BOUNDS.get(_op)))
 
 register(OpSpec(aten.mean.dim, host_rule, _mean_count, kind="norm"))  # every element of the input is added once
 register(OpSpec(operator.getitem, _getitem_type, _free, kind="layout"))
 
 # A look-up or a change of layout moves data and computes nothing.
-register(OpSpec(aten.embedding.default, host_rule, _free, kind="embedding"))
+register(OpSpec(aten.embedding.default, host_rule, _free, kind="embedding", bound=_embedding_bound))
 for _op in (
     aten.arange.default, aten.arange.start, aten.unsqueeze.default, aten.view.default, aten.reshape.default,
     aten.transpose.int, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.sym_size.int, aten.split.Tensor,

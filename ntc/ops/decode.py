@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.ops import traced
+from ntc.ops.interval import Bound, Interval
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import ANALOG, CurrentType, NodeType, SpikeType, type_of_tensor
 
@@ -101,6 +102,13 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=operands[0].numel)
 
 
+def _bound(node: Node, context: int, train: Interval, code: str) -> Bound:
+    argument = node.args[0]
+    assert isinstance(argument, Node)
+    steps = int(argument.meta["val"].shape[0])
+    return Bound(train * Interval.of(steps, steps))
+
+
 # A mean or a sum of spikes is the same bits in any order; of real currents it depends on the order from T = 5 on.
 _ONNX = """
 <domain: "ntc", overload: "rate", opset_import: ["": 20]>
@@ -147,6 +155,6 @@ Decode <code> (train) => (value)
 DECODE = register(
     OpSpec(
         target=torch.ops.ntc.decode.default, traced=traced.decode, infer=_infer, count=_count, element="decode", kind="decode",
-        onnx=_ONNX,
+        onnx=_ONNX, bound=_bound,
     )
 )  # fmt: skip

@@ -55,7 +55,7 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=result.numel)
 
 
-def _bound(x: Interval, exponent: int, context: int) -> Bound:
+def _bound(node: Node, context: int, x: Interval, exponent: int) -> Bound:
     most = (1 << 24) - 1
     return Bound(x, (Inside("integer in float32", *x.ends, -most, most, "clamp the logits to fewer bits"),))
 

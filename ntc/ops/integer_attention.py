@@ -259,8 +259,8 @@ def _fires(x: Interval, heads: int) -> Integers:
 
 
 def _bound(
-    query: Interval, key: Interval, value: Interval, heads: int, kv_heads: int, growth: Tensor, renewal: Tensor | None, shift: int,
-    context: int,
+    node: Node, context: int, query: Interval, key: Interval, value: Interval, heads: int, kv_heads: int, growth: Tensor,
+    renewal: Tensor | None, shift: int,
 ) -> Bound:  # fmt: skip
     """The recursion of M, over the renewals of a whole context or to its fixed point; the count reads D rows of it."""
     weights = growth.expand(kv_heads, -1).tolist()
@@ -279,7 +279,7 @@ def _bound(
     if renewal is not None:
         product = renewed * max(kept) + ((1 << shift) >> 1)
         interval = Interval.of(-product if signed else 0, product)
-        inside.append(Inside.over("memory times renewal", interval, 64, "use a smaller shift of the renewal"))
+        inside.append(Inside.over("memory times renewal", interval, 63, "use a smaller shift of the renewal"))
     return Bound(result, tuple(inside))
 
 

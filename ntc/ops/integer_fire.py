@@ -105,7 +105,7 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(neuron_updates=result.numel, spikes=result.nonzero, neurons=result.numel / result.shape[0])
 
 
-def _bound(current: Interval, threshold: Tensor, start: Tensor, steps: int, signed: bool, timed: bool, context: int) -> Bound:
+def _bound(node: Node, context: int, current: Interval, threshold: Tensor, start: Tensor, steps: int, signed: bool, timed: bool) -> Bound:
     """Step by step: what a membrane in an interval can be before it fires, and after."""
     channels = len(current.low)
     theta = np.broadcast_to(integers(threshold), (channels,))

@@ -89,7 +89,7 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(dense_macs=dense, macs=dense)
 
 
-def _bound(x: Interval, weight: Tensor, bias: Tensor | None, context: int) -> Bound:
+def _bound(node: Node, context: int, x: Interval, weight: Tensor, bias: Tensor | None) -> Bound:
     positive, negative = weight.clamp(min=0), weight.clamp(max=0)
     row = int(weight.to(torch.int64).abs().sum(1).max())
     low = _products(positive, x.low, row) + _products(negative, x.high, row)

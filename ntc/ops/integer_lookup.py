@@ -63,7 +63,7 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=result.numel)
 
 
-def _bound(x: Interval, table: Tensor, low: int, context: int) -> Bound:
+def _bound(node: Node, context: int, x: Interval, table: Tensor, low: int) -> Bound:
     index = x - Interval.of(low, low)
     remedy = "clamp the activation in front to what the table covers"
     inside = Inside("index into the table", *index.ends, 0, len(table) - 1, remedy)

@@ -118,8 +118,9 @@ def most_normal(channels: int, epsilon: int, guard: int) -> int:
 
 
 def _bound(
-    x: Interval, gain: Tensor, offset: Tensor, epsilon: int, guard: int, shift: int, low: int, high: int, centre: bool, context: int
-) -> Bound:
+    node: Node, context: int, x: Interval, gain: Tensor, offset: Tensor, epsilon: int, guard: int, shift: int, low: int, high: int,
+    centre: bool,
+) -> Bound:  # fmt: skip
     d, channels = x, len(x.low)
     if centre:
         ends = [(sum(end.tolist()) + channels // 2) // channels for end in (x.low, x.high)]
@@ -133,6 +134,7 @@ def _bound(
         Inside.over("sum of squares", Interval.of(0, squares), 64, "use fewer bits for the residual stream"),
         Inside.over("variance under the root", variance, 63, "use a smaller guard"),
         Inside.over("shifted difference", shifted, 63, "use a smaller guard"),
+        Inside.over("normalised value", Interval.of(-most, most), 32, "use a smaller guard, or an epsilon above 0"),
         Inside.over("normalised value times gain", scaled, 63, "use a smaller shift"),
     )
     return Bound(scaled.round_shift(shift).clamp(low, high), inside)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Bound", "BoundRule", "Inside", "Integers", "Interval", "bits_of", "integers"]
+__all__ = ["Bound", "BoundRule", "Inside", "Integers", "Interval", "as_interval", "bits_of", "integers"]
 
 Integers: TypeAlias = NDArray[np.object_]
 
@@ -54,8 +54,8 @@ class Interval:
 
     @staticmethod
     def over_rows(table: Tensor) -> Interval:
-        """What the rows of a table ``[N, C]`` hold, per channel."""
-        low, high = torch.aminmax(table.detach(), dim=0)
+        """What a constant ``[..., C]`` holds, per channel."""
+        low, high = torch.aminmax(table.detach().reshape(-1, table.shape[-1] if table.dim() else 1), dim=0)
         return Interval(integers(low), integers(high))
 
     @property
@@ -140,10 +140,16 @@ class Bound:
     inside: tuple[Inside, ...] = ()
 
 
+def as_interval(value: Interval | Tensor | int) -> Interval:
+    """An argument of an op that may be computed, a constant or a number."""
+    if isinstance(value, Interval):
+        return value
+    return Interval.over_rows(value) if isinstance(value, Tensor) else Interval.of(value, value)
+
+
 BoundRule: TypeAlias = Callable[..., Bound]
-"""Called with the arguments of the node by their names, and ``context``, the most tokens of a sequence (0 = not limited).
+"""Called with the node, the most tokens of a sequence (0 = not limited), and the arguments of the node by their names.
 
-Values that the program computes are an ``Interval`` with bounds for each channel, constants are tensors, the rest is what it is. A rule
-may assume that types and shapes are right.
+Values that the program computes are an ``Interval`` with bounds for each channel, constants are tensors, ids and positions None, the
+rest is what it is. A rule may assume that types and shapes are right.
 """
-

@@ -81,13 +81,13 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=result.numel)
 
 
-def _bound(x: Interval, multiplier: Tensor, shift: int, low: int, high: int, context: int) -> Bound:
+def _bound(node: Node, context: int, x: Interval, multiplier: Tensor, shift: int, low: int, high: int) -> Bound:
     rows = multiplier if multiplier.dim() == 2 else multiplier.unsqueeze(0)
     factor = Interval(*(integers(end) for end in torch.aminmax(rows, dim=0)))
     product = x * factor
     half = (1 << shift) >> 1
     rounded = Interval(np.minimum(product.low, 0), np.maximum(product.high, 0) + half)
-    inside = Inside.over("product", rounded, 64, "use a smaller multiplier and shift")
+    inside = Inside.over("product", rounded, 63, "use a smaller multiplier and shift")
     return Bound(product.round_shift(shift).clamp(low, high), (inside,))
 
 
