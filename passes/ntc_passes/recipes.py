@@ -9,17 +9,16 @@ from ntc.recipe import Recipe, Step
 
 __all__ = ["ATTENTION", "FFN_ONLY", "NEURTRANSFORMER", "SSA_ONLY"]
 
-ATTENTION: Mapping[str, Any] = {
-    "normalizer": "leak", "signed_query": True, "signed_key": True, "signed_value": True, "percentile": 97.0,
-}  # fmt: skip
-"""Options of replace-attention that the recipe chooses: the best by measurement (benchmarks/attention_variants.py, docs/results.md)."""
+ATTENTION: Mapping[str, Any] = {"normalizer": "leak", "output": "current"}
+"""Options of replace-attention that the recipes choose, the winner of the comparison in docs/results.md. Binary Q and K, ternary V and
+the 90th percentile are the pass's own defaults."""
 
 NEURTRANSFORMER = Recipe(
     name="neurtransformer",
     summary="Spiking self-attention in place of softmax attention, IF neurons in the FFN, thresholds folded to 1.",
-    source="NeurTransformer, arXiv 2510.00133",
+    source="NeurTransformer, arXiv 2510.00133, with the attention that won the comparison in docs/results.md",
     spiking="Q, K, V and the attention products; the FFN's hidden layer",
-    analog="embeddings, LayerNorm, residual stream, the inputs of the Q, K, V and first FFN projections, lm_head",
+    analog="embeddings, LayerNorm, residual stream, the inputs of the Q, K, V, output and first FFN projections, lm_head",
     steps=(
         Step("canonicalize"),
         Step("calibrate"),
@@ -33,9 +32,9 @@ NEURTRANSFORMER = Recipe(
 SSA_ONLY = Recipe(
     name="ssa-only",
     summary="Spiking self-attention in every block, the FFN left analog: what attention conversion alone costs.",
-    source="NeurTransformer, arXiv 2510.00133, step 1",
+    source="NeurTransformer, arXiv 2510.00133, step 1, with the attention that won the comparison in docs/results.md",
     spiking="Q, K, V and the attention products",
-    analog="the FFN, embeddings, LayerNorm, residual stream, the inputs of the Q, K and V projections, lm_head",
+    analog="the FFN, embeddings, LayerNorm, residual stream, the inputs of the Q, K, V and output projections, lm_head",
     steps=(
         Step("canonicalize"), Step("calibrate"), Step("replace-attention", ATTENTION), Step("fold-thresholds"), Step("insert-neurons"),
     ),

@@ -32,15 +32,17 @@ def test_printed_graph(golden: Callable[[str, str], None]) -> None:
     golden("gpt2_neurtransformer", str(compiled(tiny_gpt2(n_layer=1))))
 
 
-@pytest.mark.parametrize("layout", [{}, {"layout": "separate", "kv_heads": 2}, {"layout": "interleaved", "bias": False}])
-def test_every_threshold_in_front_of_a_linear_layer_is_one(layout: dict[str, object]) -> None:
-    program = compiled(NanoGPT(layers=1, **layout)) if layout else spiking(n_layer=1)
+@pytest.mark.parametrize(("layout", "output"), [
+    ({}, "current"), ({}, "spikes"), ({"layout": "separate", "kv_heads": 2}, "current"), ({"layout": "interleaved", "bias": False}, "spikes"),
+])  # fmt: skip
+def test_every_threshold_in_front_of_a_linear_layer_is_one(layout: dict[str, object], output: str) -> None:
+    program = compiled(NanoGPT(layers=1, **layout) if layout else tiny_gpt2(n_layer=1), output=output)
     spikes = [n for n in program.graph.nodes if n.target is torch.ops.ntc.integrate_fire.default]
-    assert len(spikes) == 5
+    assert [n.meta[NEURON].role for n in spikes] == ["q", "k", "v", *(["ssa"] if output == "spikes" else []), "ffn"]
     for node in spikes:
         is_one = bool((program.tensor(node.args[1]) == 1).all())
         assert is_one == (node.meta[NEURON].role != "ssa"), node.name
-    assert count_ops(program)["mul"] == 0, "no scale is left between spikes and weights"
+    assert count_ops(program)["mul"] == 0, "no scale is left in front of a linear layer"
 
 
 def test_a_second_compile_of_the_same_program_gives_the_same() -> None:
