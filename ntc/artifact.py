@@ -3,7 +3,7 @@
 =======================  ==========================================================================================
 file                     what
 =======================  ==========================================================================================
-``manifest.json``        format, versions, source, recipe, history of passes with drift, sha256 of every other file
+``manifest.json``        format, versions, source, recipe, state, history of passes with drift, sha256 of every other file
 ``program.json``         the graph: nodes, arguments, metadata; plain data, no code
 ``program.safetensors``  weights, thresholds, gains
 ``analog.json``          graph and tensor shapes of the network before conversion, for counting its operations
@@ -32,8 +32,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from ntc.errors import ArtifactError
 from ntc.folders import MANIFEST, reason_of, umask
-from ntc.meta import MADE_BY, MODULE, NEURON, ORIGIN, SOURCE, NeuronSpec
+from ntc.meta import MADE_BY, MODULE, NEURON, ORIGIN, SCALE, SOURCE, STATE, NeuronSpec
 from ntc.program import ModelInfo, PassRecord, Program
+from ntc.state import StateSpec
 from ntc.verify import verify
 
 __all__ = ["FORMAT", "load", "load_analog", "read_manifest", "save", "seal", "sha256_of"]
@@ -111,6 +112,7 @@ def _manifest(program: Program, about: Mapping[str, Any]) -> dict[str, Any]:
         "info": {**asdict(program.info), "config": dict(program.info.config)},
         "steps": program.steps,
         "facts": sorted(program.facts),
+        **({"state": [part.to_json() for part in program.state]} if program.state else {}),
         "conventions": {"comparison": ">=", "reset": "soft", "dt": 1, "time_axis": 0, "decode": "mean over steps"},
         "history": [record.to_json() for record in program.history],
         **about,
@@ -144,6 +146,10 @@ def _node_to_json(node: Node) -> dict[str, Any]:
     meta |= {key.removeprefix("ntc."): list(node.meta[key]) for key in (ORIGIN, MADE_BY) if key in node.meta}
     if NEURON in node.meta:
         meta["neuron"] = asdict(node.meta[NEURON])
+    if SCALE in node.meta:
+        meta["scale"] = node.meta[SCALE]
+    if STATE in node.meta:
+        meta["state"] = node.meta[STATE].to_json()
     return {**data, "meta": meta}
 
 
@@ -271,7 +277,7 @@ def _rebuild(folder: Path, manifest: Mapping[str, Any], data: Mapping[str, Any],
             args = tuple(_decode(a, nodes) for a in row.get("args", ()))
             kwargs = {k: _decode(v, nodes) for k, v in row.get("kwargs", {}).items()}
             if row["op"] == "output":
-                node = graph.output(args[0])
+                node = graph.output(tuple(args[0]) if isinstance(args[0], list) else args[0])
             else:
                 target: Any = _target_from_text(row["target"]) if row["op"] == "call_function" else row["target"]
                 node = graph.create_node(row["op"], target, args, kwargs, name=row["name"])
@@ -332,3 +338,7 @@ def _read_meta(node: Node, meta: Mapping[str, Any]) -> None:
             node.meta[key] = tuple(meta[key.removeprefix("ntc.")])
     if "neuron" in meta:
         node.meta[NEURON] = NeuronSpec(**meta["neuron"])
+    if "scale" in meta:
+        node.meta[SCALE] = meta["scale"]
+    if "state" in meta:
+        node.meta[STATE] = StateSpec.from_json(meta["state"])

@@ -12,7 +12,9 @@ key                 type                      writer                      reader
 ``ntc.source``      str                       capture, ``building``       errors, ``ntc explain``
 ``ntc.type``        NodeType                  verify                      passes, back ends
 ``ntc.neuron``      NeuronSpec                policy passes               ``insert-neurons``, ``fold-thresholds``
+``ntc.scale``       float or list of float    ``quantize``                back ends: n stands for n times it; per channel as a list
 ``ntc.stats``       dict of name to Tensor    ``calibrate``               policy passes; not saved
+``ntc.state``       StateSpec                 ``to-streaming``            ``Program``: a part of the state, on its placeholder
 ``ntc.name``        str                       ``building``                ``Program.refresh``: the name to take when it is free
 ==================  ========================  ==========================  =========================================
 
@@ -32,8 +34,8 @@ import torch
 from torch.fx import Graph, Node
 
 __all__ = [
-    "MADE_BY", "MODULE", "NAME", "NEURON", "ORIGIN", "SOURCE", "STATS", "TYPE", "NeuronSpec", "block_of", "building", "module_of",
-    "source_of", "stamp_captured", "where",
+    "MADE_BY", "MODULE", "NAME", "NEURON", "ORIGIN", "SCALE", "SOURCE", "STATE", "STATS", "TYPE", "NeuronSpec", "block_of", "building",
+    "module_of", "source_of", "stamp_captured", "where",
 ]  # fmt: skip
 
 ORIGIN = "ntc.origin"
@@ -42,7 +44,9 @@ MODULE = "ntc.module"
 SOURCE = "ntc.source"
 TYPE = "ntc.type"
 NEURON = "ntc.neuron"
+SCALE = "ntc.scale"
 STATS = "ntc.stats"
+STATE = "ntc.state"
 NAME = "ntc.name"
 
 

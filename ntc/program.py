@@ -1,15 +1,16 @@
 """The one noun between the stages: a typed graph with its weights, facts and history.
 
 A ``Program`` is a ``torch.fx`` graph in the dialect of ``ntc.ops``: one input ``input_ids [B, L]``, one output, the logits
-``[B, L, V]``, weights as ``get_attr`` nodes. Capture makes one, passes turn one into another, back ends and analyses read
-one. Nothing downstream reaches back to the ``nn.Module``.
+``[B, L, V]``, weights as ``get_attr`` nodes. A streaming program also takes and returns a state (``ntc.state``). Capture makes
+one, passes turn one into another, back ends and analyses read one. Nothing downstream reaches back to the ``nn.Module``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import networkx as nx
@@ -19,61 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ntc.errors import DataError, NtcError
-from ntc.meta import NAME, NEURON, TYPE, block_of, module_of
+from ntc.errors import NtcError
+from ntc.info import ModelInfo, PassRecord, check_ids
+from ntc.meta import NAME, NEURON, STATE, TYPE, block_of, module_of
+from ntc.state import StateSpec
 
-__all__ = ["ModelInfo", "PassRecord", "Program", "interpret", "op_name"]
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What is known of the model that was captured.
-
-    Attributes:
-        source: Path or hub id, or the class name of a module.
-        architecture: Class of the model.
-        vocab_size: V, size of the last axis of the logits.
-        context: Most tokens that the model can take, 0 if not limited.
-        parameters: Number of parameters, tied ones counted once.
-        config: The Hugging Face config, if there is one.
-    """
-
-    source: str
-    architecture: str
-    vocab_size: int
-    context: int = 0
-    parameters: int = 0
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """One line of a program's history.
-
-    Attributes:
-        name: Name of the pass.
-        options: Its options as plain data.
-        sites: Places that it rewrote or annotated.
-        missed: Places that it left alone, with the reason.
-        seconds: Time it took.
-        drift: Largest difference of the logits on the example input before and after; None if not measured.
-        notes: What the pass measured or decided, as plain data.
-    """
-
-    name: str
-    options: Mapping[str, Any]
-    sites: int
-    missed: tuple[tuple[str, str], ...] = ()
-    seconds: float = 0.0
-    drift: float | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; timings stay out, so that the same input gives the same bytes."""
-        data = asdict(self)
-        del data["seconds"]
-        data["missed"] = [list(m) for m in self.missed]
-        return data
+__all__ = ["ModelInfo", "PassRecord", "Program", "check_ids", "interpret", "op_name"]
 
 
 class Program:
@@ -111,6 +63,17 @@ class Program:
     def tensors(self) -> dict[str, Tensor]:
         """Weights, thresholds and other constants by the target name of their ``get_attr`` nodes, in graph order."""
         return {str(n.target): self.tensor(n) for n in self.graph.nodes if n.op == "get_attr"}
+
+    @property
+    def state(self) -> tuple[StateSpec, ...]:
+        """What it carries from one piece of a sequence to the next, in the order of the module's arguments; empty if nothing."""
+        return tuple(n.meta[STATE] for n in self.graph.find_nodes(op="placeholder") if STATE in n.meta)
+
+    @property
+    def results(self) -> tuple[Node, ...]:
+        """The node of the logits, and behind it those of the new state in the order of ``state``."""
+        (returned,) = next(n for n in reversed(self.graph.nodes) if n.op == "output").args
+        return cast(tuple[Node, ...], tuple(returned) if isinstance(returned, list | tuple) else (returned,))
 
     @property
     def steps(self) -> int:
@@ -206,12 +169,21 @@ class Program:
     def propagate(self) -> None:
         """Fill ``val`` of every node by running the graph on fake tensors with symbolic batch and length."""
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
-        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * self.example.dim())
+
+        def fake(value: Tensor) -> Tensor:
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * value.dim())
+            return mode.from_tensor(value, symbolic_context=context)
+
+        ids, past = fake(self.example), fake(torch.empty(5)).shape[0]  # any number of tokens may have gone before
         for node in self.graph.nodes:
-            if node.op == "placeholder":
-                node.meta["val"] = mode.from_tensor(self.example, symbolic_context=context)
-            else:
+            if node.op != "placeholder":
                 self._infer(node, mode)
+            elif STATE not in node.meta:
+                node.meta["val"] = ids
+            else:
+                spec: StateSpec = node.meta[STATE]
+                with mode:
+                    node.meta["val"] = torch.empty(spec.sizes(ids.shape[0], past), dtype=spec.dtype)
 
     def infer(self, node: Node) -> None:
         """Fill ``val`` of a new node from those of its arguments, without running the rest of the graph again."""
@@ -227,20 +199,26 @@ class Program:
                 node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """Logits ``[B, L, V]`` of token ids ``[B, L]``.
+        """Logits ``[B, L, V]`` of token ids ``[B, L]``; a streaming program begins a sequence (to go on with one: ``ntc.Stream``).
 
         Raises:
             DataError: If the ids have another rank, are not in the vocabulary, or are more than the context holds.
         """
         check_ids(input_ids, self.info)
-        logits: Tensor = self.module(input_ids)
+        logits: Tensor
+        if "streaming" in self.facts:
+            logits = self.module(input_ids, *(part.initial(len(input_ids)) for part in self.state))[0]
+        else:
+            logits = self.module(input_ids)
         return logits
 
     def size(self, symbol: Any) -> str:
-        """A dimension as text: ``B`` and ``L`` for the dynamic ones."""
-        placeholder = next(n for n in self.graph.nodes if n.op == "placeholder")
-        names = {str(s): name for s, name in zip(placeholder.meta["val"].shape, ("B", "L"), strict=False)}
-        return names.get(str(symbol), str(symbol))
+        """A dimension as text: ``B`` and ``L`` for the dynamic ones, ``P`` for the tokens before these."""
+        names: dict[str, str] = {}
+        for node in self.graph.find_nodes(op="placeholder"):
+            known = node.meta[STATE].shape if STATE in node.meta else ("B", "L")
+            names |= {str(s): name for s, name in zip(node.meta["val"].shape, known, strict=False) if isinstance(name, str)}
+        return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(symbol))
 
     def shape_text(self, node: Node) -> str:
         """Shape of a node such as ``[4, B, L, 256]``; empty for what is no tensor."""
@@ -258,8 +236,7 @@ class Program:
                 lines.append(f"{here or '-'}:")
                 block = here
             lines.append("  " + self.line(node))
-        output = next(n for n in self.graph.nodes if n.op == "output")
-        return "\n".join([*lines, f"return %{output.args[0].name}"]) + "\n"
+        return "\n".join([*lines, "return " + ", ".join(f"%{n.name}" for n in self.results)]) + "\n"
 
     def line(self, node: Node) -> str:
         """One node as text."""
@@ -286,7 +263,7 @@ class Program:
         """Hash of the graph, its annotations and the identities of its tensors: equal before and after a pass that did nothing."""
         digest = hashlib.sha256(str(self.graph).encode())
         for node in self.graph.nodes:
-            digest.update(f"{node.args} {node.kwargs} {node.meta.get(NEURON)}".encode())
+            digest.update(f"{node.args} {node.kwargs} {node.meta.get(NEURON)} {node.meta.get(STATE)}".encode())
         for name, value in self.tensors.items():  # the version counts writes in place
             digest.update(f"{name} {value.data_ptr()} {tuple(value.shape)} {value._version}".encode())
         return digest.hexdigest()
@@ -305,7 +282,8 @@ class Program:
         for node in self.graph.nodes:
             if node.op in ("placeholder", "call_function"):
                 kind = str(node.meta.get(TYPE, ""))
-                label = "input" if node.op == "placeholder" else op_name(node.target)
+                kind_of_input = "state" if STATE in node.meta else "input"
+                label = kind_of_input if node.op == "placeholder" else op_name(node.target)
                 result.add_node(
                     node.name, op=label, module=module_of(node), block=block_of(node), type=kind, shape=self.shape_text(node)
                 )
@@ -332,22 +310,6 @@ class Program:
         return names[wanted]
 
 
-def check_ids(input_ids: Tensor, info: ModelInfo) -> None:
-    """Refuse token ids that the network cannot take."""
-    if not isinstance(input_ids, Tensor):
-        raise DataError(f"a program takes a tensor of token ids of shape [B, L], not a {type(input_ids).__name__}")
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        raise DataError(f"a program takes token ids of shape [B, L], got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
-    if not torch.compiler.is_compiling() and not input_ids.numel():
-        raise DataError(f"a program takes at least one token, got ids of shape {tuple(input_ids.shape)}")
-    if info.context and input_ids.shape[1] > info.context:
-        raise DataError(f"{input_ids.shape[1]} tokens are more than the model's context of {info.context}")
-    if not torch.compiler.is_compiling():
-        low, top = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or top >= info.vocab_size:
-            raise DataError(f"token id {low if low < 0 else top} is outside the vocabulary of {info.vocab_size} tokens")
-
-
 def op_name(target: Any) -> str:
     """Short name of an op: ``linear``, ``ntc.integrate_fire``."""
     if isinstance(target, torch._ops.OpOverload):
@@ -362,13 +324,16 @@ def interpret(
     visit: Callable[[Node, tuple[Any, ...], Any], Any | None],
     last: Node | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    state: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Run a program node by node, freeing each value after its last use.
+    """Run a program node by node, freeing each value after its last use; returns the logits.
 
     ``visit(node, args, value)`` is called for every ``call_function`` node; what it returns, unless None, replaces the
     value downstream. With ``last`` the run stops after that node and returns its value: whoever only watches the middle
-    of a network need not pay for its head. ``tensors`` stand in for the program's own, by name.
+    of a network need not pay for its head. ``tensors`` stand in for the program's own, by name. A streaming program goes on from
+    ``state``, by default from its initial one; ``visit`` sees the new one (``Program.results``).
     """
+    parts = iter([part.initial(len(input_ids)) for part in program.state] if state is None else state)
     last_use: dict[Node, Node] = {}
     for node in program.graph.nodes:
         for used in node.all_input_nodes:
@@ -379,7 +344,7 @@ def interpret(
     values: dict[Node, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            values[node] = input_ids
+            values[node] = next(parts) if STATE in node.meta else input_ids
         elif node.op == "get_attr":
             values[node] = tensors[str(node.target)] if tensors is not None else program.tensor(node)
         elif node.op == "call_function":
@@ -390,8 +355,7 @@ def interpret(
             if node is last:
                 return cast(Tensor, value)
         else:
-            result: Tensor = values[node.args[0]]
-            return result
+            return cast(Tensor, values[program.results[0]])
         for used in done.get(node, ()):
             del values[used]
     raise AssertionError("a graph ends with an output node")

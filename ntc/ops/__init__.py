@@ -2,6 +2,7 @@
 
 from ntc.ops.aten import aten as aten
 from ntc.ops.attention import attention as attention
+from ntc.ops.attention import attention_stream as attention_stream
 from ntc.ops.decode import decode as decode
 from ntc.ops.from_integer import from_integer as from_integer
 from ntc.ops.if_neuron import integrate_fire as integrate_fire
@@ -20,6 +21,7 @@ from ntc.ops.position_scale import position_scale as position_scale
 from ntc.ops.requantize import requantize as requantize
 from ntc.ops.rms_scale import rms_scale as rms_scale
 from ntc.ops.row_sum_scale import row_sum_scale as row_sum_scale
+from ntc.ops.row_sum_scale import row_sum_scale_stream as row_sum_scale_stream
 from ntc.ops.spec import SPECS as SPECS
 from ntc.ops.spec import Counts as Counts
 from ntc.ops.spec import Operand as Operand

@@ -2,6 +2,8 @@ r"""Causal softmax attention as one op: what every captured attention becomes.
 
     Y_i = sum_{j <= i} softmax_j(scale q_i . k_j) v_j        per head
 
+Streaming, the keys and values of all tokens so far are the state: it grows, and so does the work for a token.
+
 The head split and merge are inside, so that queries, keys, values and result are ``[B, L, C]`` as the linear layers give
 and take them. Keys and values may have fewer heads than queries (grouped-query attention).
 """
@@ -18,7 +20,10 @@ from torch.fx import Node
 from ntc.ops.spec import Counts, Operand, OpSpec, host_rule, register
 from ntc.spike_type import NodeType
 
-__all__ = ["ATTENTION", "ONNX_MERGE", "ONNX_SIZES", "ONNX_SPLIT", "attention", "merge_heads", "split_heads"]
+__all__ = [
+    "ATTENTION", "ATTENTION_STREAM", "ONNX_MERGE", "ONNX_SIZES", "ONNX_SPLIT", "attention", "attention_stream", "merge_heads",
+    "split_heads",
+]  # fmt: skip
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -91,6 +96,44 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 attention.register_autograd(_backward, setup_context=_setup)
 
 
+@torch.library.custom_op("ntc::attention_stream", mutates_args=())
+def attention_stream(
+    query: Tensor, new_key: Tensor, new_value: Tensor, keys: Tensor, values: Tensor, heads: int, kv_heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal softmax attention, streaming form: the tokens given are the next ones of the sequence.
+
+    Args:
+        query: ``[B, L, H D]``, L >= 1 new tokens.
+        new_key: ``[B, L, Hk D]``.
+        new_value: ``[B, L, Hk Dv]``.
+        keys: Keys of the P tokens so far, ``[B, P, Hk D]``.
+        values: Their values, ``[B, P, Hk Dv]``.
+        heads: H.
+        kv_heads: Hk.
+        scale: Factor of the scores.
+
+    Returns:
+        ``[B, L, H Dv]``, and the keys and values of all P + L tokens. Cost per token is proportional to P, in scores and in copies.
+    """
+    keys, values = torch.cat([keys, new_key], -2), torch.cat([values, new_value], -2)
+    length, past = query.shape[-2], keys.shape[-2] - query.shape[-2]
+    # One token sees all keys; the first ones are the parallel form; only what lies between needs a mask.
+    seen = torch.ones(length, past + length, dtype=torch.bool, device=query.device).tril(past) if past and length > 1 else None
+    y = torch.nn.functional.scaled_dot_product_attention(
+        split_heads(query, heads), split_heads(keys, kv_heads), split_heads(values, kv_heads),
+        attn_mask=seen, is_causal=past == 0, scale=scale, enable_gqa=heads != kv_heads,
+    )  # fmt: skip
+    return merge_heads(y).contiguous(), keys, values
+
+
+@attention_stream.register_fake
+def _fake_stream(
+    query: Tensor, new_key: Tensor, new_value: Tensor, keys: Tensor, values: Tensor, heads: int, kv_heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = query.new_empty((*query.shape[:-1], new_value.shape[-1] // kv_heads * heads))
+    return y, torch.cat([keys, new_key], -2), torch.cat([values, new_value], -2)
+
+
 def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     return host_rule(node, type_of)
 
@@ -102,6 +145,15 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     width = operands[0].shape[-1] + result.shape[-1]  # QK^T and PV, all heads
     seen = (length + 1) / 2  # mean number of keys a query sees
     return Counts(dense_macs=tokens * length * width, macs=tokens * seen * width, elementwise=3 * heads * tokens * seen)
+
+
+def _count_stream(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    *batch, length, _ = operands[0].shape
+    tokens, heads, past = length * int(torch.tensor(batch).prod()), node.args[5], operands[3].shape[-2]
+    assert isinstance(heads, int)
+    width = operands[0].shape[-1] + result.shape[-1]
+    seen = past + (length + 1) / 2
+    return Counts(dense_macs=tokens * (past + length) * width, macs=tokens * seen * width, elementwise=3 * heads * tokens * seen)
 
 
 ONNX_SIZES = """
@@ -123,8 +175,9 @@ ONNX_SIZES = """
     key_size = Div(key_width, hk)
     value_size = Div(value_width, hk)
     query_shape = Concat <axis = 0> (any, length, hk, g, query_size)
-    key_shape = Concat <axis = 0> (any, length, hk, one, key_size)
-    value_shape = Concat <axis = 0> (any, length, hk, one, value_size)
+    key_length = Shape <start = -2, end = -1> (key)
+    key_shape = Concat <axis = 0> (any, key_length, hk, one, key_size)
+    value_shape = Concat <axis = 0> (any, key_length, hk, one, value_size)
     query_split = Reshape(query, query_shape)
     key_split = Reshape(key, key_shape)
     value_split = Reshape(value, value_shape)
@@ -163,3 +216,34 @@ Attention <heads, kv_heads, scale> (query, key, value) => (y)
 {ONNX_MERGE}}}
 """
 ATTENTION = register(OpSpec(target=torch.ops.ntc.attention.default, infer=_infer, count=_count, kind="attention", onnx=_ONNX))
+
+# Query i of the L new ones stands behind P keys more than it has places: the mask is a triangle moved by P.
+_ONNX_STREAM = f"""
+<domain: "ntc", opset_import: ["": 20]>
+AttentionStream <heads, kv_heads, scale> (query, new_key, new_value, keys, values) => (y, keys_next, values_next)
+{{
+    keys_next = Concat <axis = -2> (keys, new_key)
+    values_next = Concat <axis = -2> (values, new_value)
+    key = Identity(keys_next)
+    value = Identity(values_next)
+{ONNX_SPLIT}
+    factor_value = Constant <value_float: float = @scale> ()
+    factor = CastLike(factor_value, query)
+    scaled = Mul(scores, factor)
+    hidden_value = Constant <value_float = -inf> ()
+    hidden = CastLike(hidden_value, query)
+    past = Shape <start = -2, end = -1> (keys)
+    width = Add(past, length)
+    table = Concat <axis = 0> (length, width)
+    all_hidden = Expand(hidden, table)
+    diagonal_size = Add(past, one)
+    diagonal = Squeeze(diagonal_size)
+    mask = Trilu <upper = 1> (all_hidden, diagonal)
+    masked = Add(scaled, mask)
+    probabilities = Softmax <axis = -1> (masked)
+    products = MatMul(probabilities, v)
+{ONNX_MERGE}}}
+"""
+ATTENTION_STREAM = register(
+    OpSpec(target=torch.ops.ntc.attention_stream.default, infer=_infer, count=_count_stream, kind="attention", onnx=_ONNX_STREAM)
+)

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Decay", "causal_product", "causal_product_gradients", "decay_of"]
+__all__ = ["Decay", "causal_product", "causal_product_from", "causal_product_gradients", "decay_of"]
 
 _BLOCK_BYTES = 1 << 21
 """Of the largest value of one product, per thread: the second-level cache of a core."""
@@ -194,11 +194,22 @@ class _Part:
         return self.q if self.decay is None else self.scaled(self.q, self.decay.since_start[:, : self.size])
 
     def carried(self, state: Tensor | None, written: Tensor) -> Tensor:
-        """``diag(lambda^c) state + written``, float32 or better."""
+        """``diag(lambda^c) state + written``, float32 or better; c is the size of this chunk."""
         written = written.to(torch.promote_types(written.dtype, torch.float32))
         if state is None:
             return written
-        return written.add_(state if self.decay is None else self.scaled(state, self.decay.whole))
+        return written.add_(state if self.decay is None else self.scaled(state, self.kept()))
+
+    def kept(self) -> Tensor:
+        """``lambda^c``, ``[H, 1 or D, 1]``."""
+        assert self.decay is not None
+        if self.size == self.decay.since_start.shape[1]:
+            return self.decay.whole
+        return self.decay.since_start[:, self.size - 1 : self.size].mT.to(self.decay.whole.dtype)  # the last chunk may be a short one
+
+    def spread(self, state: Tensor) -> Tensor:
+        """M per query head, ``[N, D, Dv]``, of M per key head ``[lead, Hk, D, Dv]``."""
+        return state[self.lead].repeat_interleave(self.heads // state.shape[1], dim=1).flatten(0, 1)
 
 
 class _Product:
@@ -251,18 +262,48 @@ def causal_product(
     Returns:
         ``[..., L, H Dv]``, contiguous.
     """
+    return _run(_Product(query, key, value, heads, kv_heads, chunk, decay), query, value, None, None)
+
+
+def causal_product_from(
+    state: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int, chunk: int, decay: Decay | None
+) -> tuple[Tensor, Tensor]:
+    """``Y`` of tokens before which others went, and the new M.
+
+    Args:
+        state: M after the tokens before these, ``[..., Hk, D, Dv]``, float32 or better.
+        query: As of ``causal_product``, and so the rest.
+        key: As there.
+        value: As there.
+        heads: H.
+        kv_heads: Hk.
+        chunk: As there.
+        decay: As there.
+
+    Returns:
+        ``[..., L, H Dv]`` and ``[..., Hk, D, Dv]``, contiguous.
+    """
+    new = torch.empty_like(state, memory_format=torch.contiguous_format)
     product = _Product(query, key, value, heads, kv_heads, chunk, decay)
-    y = query.new_empty((*query.shape[:-1], value.shape[-1] // kv_heads * heads))
-    out = product.rows(y, heads)
+    y = _run(product, query, value, state.reshape(-1, *state.shape[-3:]), new.view(-1, *state.shape[-3:]))
+    return y, new
+
+
+def _run(product: _Product, query: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None) -> Tensor:
+    """``Y`` from the state ``start``; M after the last token goes into ``end``. Both are ``[lead, Hk, D, Dv]``."""
+    y = query.new_empty((*query.shape[:-1], value.shape[-1] // product.kv_heads * product.heads))
+    out = product.rows(y, product.heads)
     for parts in product.blocks():
-        state: Tensor | None = None
+        state = None if start is None else parts[0].spread(start)
         for part in parts:
             rows = part.scores() @ part.v
             if state is not None:
                 rows = torch.baddbmm(rows, part.q_start(), state.to(rows.dtype))
             part.store(out, rows)
-            if part.stop < product.length:
+            if part.stop < product.length or end is not None:
                 state = part.carried(state, part.k_end.mT @ part.v)
+        if end is not None and state is not None:
+            end[parts[0].lead] = parts[0].by_head(state)[:, :: product.groups]  # the query heads of a key head have the same
     return y
 
 

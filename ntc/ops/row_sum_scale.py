@@ -7,7 +7,7 @@ Softmax rows sum to one; with this normaliser so do the rows of spiking attentio
 attention's denominator, Katharopoulos et al. 2020, arXiv 2006.16236). The mean over the steps is one factor for all of them,
 so it commutes with the decode of the rate code. The sum of keys is a state of ``Hk D`` counters per step: it streams, and a
 spike of K or of Q costs one accumulate. Below one coincidence per step nothing is divided, which also keeps ternary scores
-that cancel from making the quotient large.
+that cancel from making the quotient large. The streaming form, ``ntc::row_sum_scale_stream``, takes and returns those sums.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.fx import Node
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType
 
-__all__ = ["ROW_SUM_SCALE", "row_sum_scale"]
+__all__ = ["ROW_SUM_SCALE", "ROW_SUM_SCALE_STREAM", "row_sum_scale", "row_sum_scale_stream"]
 
 
 def _check(current: Tensor, query: Tensor, key: Tensor, heads: int, kv_heads: int) -> None:
@@ -43,17 +43,24 @@ def _timed(x: Tensor, *split: int) -> Tensor:
     return x if x.dim() == 4 + len(split) else x.unsqueeze(0)
 
 
-def _row_sums(query: Tensor, key: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _row_sums(
+    query: Tensor, key: Tensor, heads: int, kv_heads: int, sums: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """``z [B, L, Hk, g]``, Q ``[T, B, L, Hk, g, D]`` and the running sum of keys ``[T, B, L, Hk, 1, D]``."""
     q = _timed(query, kv_heads, heads // kv_heads)
     keys = _timed(key, kv_heads, 1).cumsum(2)
+    if sums is not None:
+        keys = keys + _timed(sums.unsqueeze(-2), kv_heads, 1)
     return (q * keys).sum(-1).sum(0) / q.shape[0], q, keys
 
 
-def _scaled(current: Tensor, query: Tensor, key: Tensor, heads: int, kv_heads: int) -> Tensor:
-    z, _, _ = _row_sums(query, key, heads, kv_heads)
+def _divided(current: Tensor, z: Tensor, heads: int) -> Tensor:
     divisor = z.abs().clamp(min=1.0).flatten(-2).unsqueeze(-1)  # [B, L, H, 1]
     return (_timed(current, heads) / divisor).reshape(current.shape).to(current.dtype)
+
+
+def _scaled(current: Tensor, query: Tensor, key: Tensor, heads: int, kv_heads: int) -> Tensor:
+    return _divided(current, _row_sums(query, key, heads, kv_heads)[0], heads)
 
 
 @torch.library.custom_op("ntc::row_sum_scale", mutates_args=())
@@ -111,6 +118,37 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 row_sum_scale.register_autograd(_backward, setup_context=_setup)
 
 
+@torch.library.custom_op("ntc::row_sum_scale_stream", mutates_args=())
+def row_sum_scale_stream(
+    current: Tensor, query: Tensor, key: Tensor, sums: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    """The same for the next tokens of a sequence.
+
+    Args:
+        current: As of ``row_sum_scale``.
+        query: As there.
+        key: As there.
+        sums: Sum of the keys so far, ``[T, B, Hk D]`` (of rates ``[B, Hk D]``), float32 or better; zeros at the start.
+        heads: H.
+        kv_heads: Hk.
+
+    Returns:
+        The scaled current, and the new sums.
+
+    Raises:
+        ValueError: If the shapes do not fit each other or the heads.
+    """
+    _check(current, query, key, heads, kv_heads)
+    z, _, keys = _row_sums(query, key, heads, kv_heads, sums)
+    return _divided(current, z, heads).contiguous(), keys[:, :, -1].reshape(sums.shape).to(sums.dtype).contiguous()
+
+
+@row_sum_scale_stream.register_fake
+def _fake_stream(current: Tensor, query: Tensor, key: Tensor, sums: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    _check(current, query, key, heads, kv_heads)
+    return current.new_empty(current.shape), sums.new_empty(sums.shape)
+
+
 def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     current, query, key = arguments = [a for a in node.args[:3] if isinstance(a, Node)]
     given = [type_of(a) for a in arguments]
@@ -137,10 +175,7 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=result.numel + key.numel, macs=query.numel)
 
 
-_ONNX = """
-<domain: "ntc", opset_import: ["": 20]>
-RowSumScale <heads, kv_heads> (current, query, key) => (y)
-{
+_ONNX_SPLIT = """
     whole = Shape(current)
     zeroth = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
@@ -166,7 +201,8 @@ RowSumScale <heads, kv_heads> (current, query, key) => (y)
     k = Reshape(key, key_shape)
     x = Reshape(current, value_shape)
     tokens = Constant <value_int = 2> ()
-    keys = CumSum(k, tokens)
+"""
+_ONNX_DIVIDE = """
     products = Mul(q, keys)
     scores = ReduceSum <keepdims = 0> (products, any)
     total = ReduceSum <keepdims = 0> (scores, zeroth)
@@ -180,7 +216,30 @@ RowSumScale <heads, kv_heads> (current, query, key) => (y)
     divisor = Reshape(n, divisor_shape)
     divided = Div(x, divisor)
     y = Reshape(divided, whole)
-}
+"""
+_ONNX = f"""
+<domain: "ntc", opset_import: ["": 20]>
+RowSumScale <heads, kv_heads> (current, query, key) => (y)
+{{{_ONNX_SPLIT}
+    keys = CumSum(k, tokens)
+{_ONNX_DIVIDE}}}
+"""
+_ONNX_STREAM = f"""
+<domain: "ntc", opset_import: ["": 20]>
+RowSumScaleStream <heads, kv_heads> (current, query, key, sums) => (y, sums_next)
+{{{_ONNX_SPLIT}
+    within = CumSum(k, tokens)
+    sums_shape = Concat <axis = 0> (steps, any, one, hk, one, size)
+    before = Reshape(sums, sums_shape)
+    keys = Add(within, before)
+{_ONNX_DIVIDE}
+    end = Constant <value_ints = [-1]> ()
+    after = Constant <value_ints = [9223372036854775807]> ()
+    token_axis = Constant <value_ints = [2]> ()
+    newest = Slice(keys, end, after, token_axis)
+    sums_whole = Shape(sums)
+    sums_next = Reshape(newest, sums_whole)
+}}
 """
 ROW_SUM_SCALE = register(
     OpSpec(
@@ -188,3 +247,25 @@ ROW_SUM_SCALE = register(
         traced=_scaled,  # the kernel is plain torch operations
     )
 )
+
+
+def _infer_stream(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    """The type of both results: the sums are integers per time step. They may enter as a plain tensor of zeros."""
+    result, sums = _infer(node, type_of), node.args[3]
+    assert isinstance(sums, Node)
+    given = type_of(sums)
+    if given != result and not isinstance(given, Analog):
+        raise TypeMismatch(f"the sums of keys of row_sum_scale on {result} cannot be %{sums.name}, which is {given}", sums)
+    return result
+
+
+def _count_stream(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    return _count(node, operands[:3], result, measured)
+
+
+ROW_SUM_SCALE_STREAM = register(
+    OpSpec(
+        target=torch.ops.ntc.row_sum_scale_stream.default, infer=_infer_stream, count=_count_stream, element="scale", kind="attention",
+        onnx=_ONNX_STREAM,
+    )
+)  # fmt: skip

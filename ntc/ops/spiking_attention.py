@@ -35,15 +35,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.attention import ONNX_MERGE, ONNX_SIZES, ONNX_SPLIT, merge_heads, split_heads
-from ntc.ops.causal_product import Decay, causal_product, causal_product_gradients, decay_of
+from ntc.ops.attention import ONNX_MERGE, ONNX_SIZES, ONNX_SPLIT, split_heads
+from ntc.ops.causal_product import Decay, causal_product, causal_product_from, causal_product_gradients, decay_of
 from ntc.ops.if_neuron import check_constant
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType
 
 __all__ = [
-    "CHANNEL_LEAK_CHUNK", "CHUNK", "HEAD_LEAK_CHUNK", "SPIKING_ATTENTION", "SPIKING_ATTENTION_STREAM", "spiking_attention",
-    "spiking_attention_stream",
+    "CHANNEL_LEAK_CHUNK", "CHUNK", "HEAD_LEAK_CHUNK", "RECURRENT", "SPIKING_ATTENTION", "SPIKING_ATTENTION_STREAM",
+    "spiking_attention", "spiking_attention_stream",
 ]  # fmt: skip
 
 CHUNK = 128
@@ -54,6 +54,9 @@ HEAD_LEAK_CHUNK = 128
 
 CHANNEL_LEAK_CHUNK = 64
 """The same with one leak per key channel."""
+
+RECURRENT = 16
+"""Tokens that the streaming kernel takes one by one, without the tables that chunks need."""
 
 
 def _grouped(x: Tensor, heads: int, kv_heads: int) -> Tensor:
@@ -152,11 +155,13 @@ def spiking_attention_stream(
 ) -> tuple[Tensor, Tensor]:
     """Causal SSA, streaming form: the tokens given are the next ones of the sequence.
 
+    A few tokens are taken one by one, many (a prompt) in chunks as by the parallel form.
+
     Args:
         query: Spikes ``[T, B, L, H D]``, L >= 1 new tokens.
         key: Spikes ``[T, B, L, Hk D]``.
         value: Spikes ``[T, B, L, Hk Dv]``.
-        state: M after the tokens so far, ``[T, B, Hk, D, Dv]``; zeros at the start.
+        state: M after the tokens so far, ``[T, B, Hk, D, Dv]``, float32 or better; zeros at the start.
         heads: H.
         kv_heads: Hk.
         leak: As of the parallel form.
@@ -168,17 +173,19 @@ def spiking_attention_stream(
         ValueError: If the leak has another shape.
     """
     _check_leak(leak, key, kv_heads)
+    if query.shape[-2] > RECURRENT:
+        q, k, v = (_wide(x, leak) for x in (query, key, value))
+        y, memory = causal_product_from(state, q, k, v, heads, kv_heads, *_tables(leak, q, heads, kv_heads))
+        return y.to(query.dtype), memory
     keep = None if leak is None else leak.reshape(1 if leak.shape[0] == 1 else kv_heads, -1, 1).to(state.dtype)
-    q = split_heads(query, heads)
-    k, v = split_heads(key, kv_heads), split_heads(value, kv_heads)
-    memory, rows = state.clone(), []
+    k, v = (x.to(state.dtype).reshape(*x.shape[:-1], kv_heads, -1) for x in (key, value))
+    q = query.to(state.dtype).reshape(*query.shape[:-1], kv_heads, heads // kv_heads, -1)
+    memory, rows = state, []
     for i in range(query.shape[-2]):
-        if keep is not None:
-            memory = memory * keep
-        memory = memory + k[..., i, :].unsqueeze(-1) * v[..., i, :].unsqueeze(-2)
-        spread = memory.repeat_interleave(heads // kv_heads, dim=-3)
-        rows.append((q[..., i, :].unsqueeze(-2) @ spread).squeeze(-2))
-    return merge_heads(torch.stack(rows, dim=-2)).contiguous(), memory.contiguous()
+        memory = memory if keep is None else memory * keep
+        memory = torch.addcmul(memory, k[..., i, :, :, None], v[..., i, :, None, :])
+        rows.append(q[..., i, :, :, :] @ memory)
+    return torch.stack(rows, dim=-4).flatten(-3).to(query.dtype).contiguous(), memory.contiguous()
 
 
 @spiking_attention_stream.register_fake
@@ -237,7 +244,7 @@ def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str,
     per_channel = leak is not None and leak.shape[0] not in (1, kv_heads)
     q, k, v = split_heads(query, heads), _grouped(key, heads, kv_heads), _grouped(value, heads, kv_heads)
     # Spikes of either sign per token, in float64: sums over a corpus exceed 2**24.
-    q_spikes, k_spikes, v_spikes = (x.abs().sum(-1, dtype=torch.float64) for x in (q, k, v))
+    q_spikes, v_spikes = (x.abs().sum(-1, dtype=torch.float64) for x in (q, v))
     position = torch.arange(1, q.shape[-2] + 1, dtype=torch.float64, device=q.device)
     if per_channel:  # coincidences of either sign fade at different rates, and no longer cancel
         q, k = q.abs(), k.abs()
@@ -251,13 +258,14 @@ def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str,
         if leak is not None:
             decays += float(scores.sum(dtype=torch.float64) if per_channel else reached.sum())
     leaking = {} if leak is None else {"decays": decays, "leak": float(key.numel() * (value.shape[-1] // kv_heads))}
-    return {
-        "scores": float((q_spikes * position).sum()),
-        "values": values,
-        "write": float((k_spikes * v_spikes).sum()) / (heads // kv_heads),  # one M per key head
-        "read": float(q_spikes.sum()) * v.shape[-1],
-        **leaking,
-    }
+    streaming = _stream_work(query, key, value, heads, kv_heads)
+    return {"scores": float((q_spikes * position).sum()), "values": values, **streaming, **leaking}
+
+
+def _stream_work(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int) -> dict[str, float]:
+    """Additions that spikes cause in the streaming form; there is one M per key head."""
+    k, v = (split_heads(x, kv_heads).abs().sum(-1, dtype=torch.float64) for x in (key, value))
+    return {"write": float((k * v).sum()), "read": float(query.abs().sum(dtype=torch.float64)) * (value.shape[-1] // kv_heads)}
 
 
 def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
@@ -278,6 +286,23 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(dense_macs=dense, macs=seen * (width + decayed))
 
 
+_ONNX_SCAN = """
+    numbers = Shape(leak)
+    rows = Min(numbers, hk)
+    decay_shape = Concat <axis = 0> (rows, any, one)
+    decay = Reshape(leak, decay_shape)
+    end, counts = Scan <
+        num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1],
+        body = token (m, q, k, v) => (m_next, counted) {{
+        kept = Mul(m, decay)
+        column = Transpose <perm = [0, 1, 3, 2]> (k)
+        written = Mul(column, v)
+        m_next = Add(kept, written)
+        counted = MatMul(q, m_next)
+    }}> ({start}, query_split, key_split, value_split)
+    merged = Concat <axis = 0> (lead, any)
+    y = Reshape(counts, merged)
+"""
 _ONNX = f"""
 <domain: "ntc", opset_import: ["": 20]>
 SpikingAttention <heads, kv_heads> (query, key, value) => (y)
@@ -289,27 +314,13 @@ SpikingAttention <heads, kv_heads> (query, key, value) => (y)
 <domain: "ntc", overload: "leak", opset_import: ["": 20]>
 SpikingAttention <heads, kv_heads> (query, key, value, leak) => (y)
 {{{ONNX_SIZES}
-    numbers = Shape(leak)
-    rows = Min(numbers, hk)
-    decay_shape = Concat <axis = 0> (rows, any, one)
-    decay = Reshape(leak, decay_shape)
     key_sizes = Shape(key_split)
     batch = Slice(key_sizes, axis, one)
     state_shape = Concat <axis = 0> (batch, hk, key_size, value_size)
     nought_value = Constant <value_float = 0.0> ()
     nought = CastLike(nought_value, query)
     empty = Expand(nought, state_shape)
-    state, counts = Scan <
-        num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1],
-        body = token (m, q, k, v) => (m_next, counted) {{
-        kept = Mul(m, decay)
-        column = Transpose <perm = [0, 1, 3, 2]> (k)
-        written = Mul(column, v)
-        m_next = Add(kept, written)
-        counted = MatMul(q, m_next)
-    }}> (empty, query_split, key_split, value_split)
-    merged = Concat <axis = 0> (lead, any)
-    y = Reshape(counts, merged)
+{_ONNX_SCAN.format(start="empty")}
 }}
 """
 # With a leak the function is the streaming form: one body for a leak per head and per channel, and no power of a leak.
@@ -333,8 +344,56 @@ def _infer_stream(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     return result
 
 
+def _measure_stream(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str, float]:
+    """As ``_measure``, of this form alone; a leak multiplies the whole of M at every token and step."""
+    query, key, value = (t.detach() for t in tensors[:3])
+    heads, kv_heads = node.args[4], node.args[5]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    leaking = {"leak": float(key.numel() * (value.shape[-1] // kv_heads))} if len(tensors) > 4 else {}
+    return {**_stream_work(query, key, value, heads, kv_heads), **leaking}
+
+
+def _count_stream(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    query, key = operands[0], operands[1]
+    heads, kv_heads = node.args[4], node.args[5]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    entries = key.numel * (result.shape[-1] // heads)  # of M, over tokens and steps: each is written once ...
+    dense = entries + query.numel * (result.shape[-1] // heads)  # ... and read by each query head
+    if isinstance(query.type, SpikeType):
+        return Counts(dense_macs=dense / query.type.steps, acs=measured["write"] + measured["read"], macs=measured.get("leak", 0.0))
+    return Counts(dense_macs=dense, macs=dense + (entries if len(operands) > 4 else 0))
+
+
+_ONNX_STREAM = f"""
+<domain: "ntc", opset_import: ["": 20]>
+SpikingAttentionStream <heads, kv_heads> (query, key, value, state) => (y, state_next)
+{{{ONNX_SPLIT}
+    state_shape = Concat <axis = 0> (any, hk, one, key_size, value_size)
+    start = Reshape(state, state_shape)
+    causal = Trilu <upper = 0> (scores)
+    within = MatMul(causal, v)
+    before = MatMul(q, start)
+    products = Add(within, before)
+{ONNX_MERGE}
+    written = MatMul(kt, v)
+    after = Add(start, written)
+    whole_state = Shape(state)
+    state_next = Reshape(after, whole_state)
+}}
+
+<domain: "ntc", overload: "leak", opset_import: ["": 20]>
+SpikingAttentionStream <heads, kv_heads> (query, key, value, state, leak) => (y, state_next)
+{{{ONNX_SIZES}
+    state_shape = Concat <axis = 0> (any, hk, key_size, value_size)
+    start = Reshape(state, state_shape)
+{_ONNX_SCAN.format(start="start")}
+    whole_state = Shape(state)
+    state_next = Reshape(end, whole_state)
+}}
+"""
 SPIKING_ATTENTION_STREAM = register(
     OpSpec(
-        target=torch.ops.ntc.spiking_attention_stream.default, infer=_infer_stream, element="dynamic_product", kind="attention",
+        target=torch.ops.ntc.spiking_attention_stream.default, infer=_infer_stream, count=_count_stream, measure=_measure_stream,
+        element="dynamic_product", kind="attention", onnx=_ONNX_STREAM,
     )
 )  # fmt: skip
