@@ -215,7 +215,7 @@ class Program:
     def size(self, symbol: Any) -> str:
         """A dimension as text: ``B`` and ``L`` for the dynamic ones, ``P`` for the tokens before these."""
         names: dict[str, str] = {}
-        for node in self.graph.find_nodes(op="placeholder"):
+        for node in (n for n in self.graph.find_nodes(op="placeholder") if "val" in n.meta):
             known = node.meta[STATE].shape if STATE in node.meta else ("B", "L")
             names |= {str(s): name for s, name in zip(node.meta["val"].shape, known, strict=False) if isinstance(name, str)}
         return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(symbol))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.ops.spec import Counts, Operand, OpSpec, host_rule, register
-from ntc.spike_type import NodeType
+from ntc.spike_type import ANALOG, NodeType
 
 __all__ = [
     "ATTENTION", "ATTENTION_STREAM", "ONNX_MERGE", "ONNX_SIZES", "ONNX_SPLIT", "attention", "attention_stream", "merge_heads",
@@ -138,6 +138,12 @@ def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     return host_rule(node, type_of)
 
 
+def _infer_stream(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    """The type that all three results have."""
+    host_rule(node, type_of)
+    return ANALOG
+
+
 def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
     *batch, length, _ = operands[0].shape
     tokens, heads = length * int(torch.tensor(batch).prod()), node.args[3]
@@ -245,5 +251,7 @@ AttentionStream <heads, kv_heads, scale> (query, new_key, new_value, keys, value
 {ONNX_MERGE}}}
 """
 ATTENTION_STREAM = register(
-    OpSpec(target=torch.ops.ntc.attention_stream.default, infer=_infer, count=_count_stream, kind="attention", onnx=_ONNX_STREAM)
-)
+    OpSpec(
+        target=torch.ops.ntc.attention_stream.default, infer=_infer_stream, count=_count_stream, kind="attention", onnx=_ONNX_STREAM,
+    )
+)  # fmt: skip
