@@ -21,7 +21,7 @@ from ntc.ops.interval import Bound, Interval, bits_of
 from ntc.program import Program
 from ntc.spike_type import INDEX
 
-__all__ = ["Width", "intervals", "widths"]
+__all__ = ["Width", "bounds", "widths"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def widths(program: Program) -> list[Width]:
             the interval.
     """
     rows = []
-    for node, bound in _bounds(program).items():
+    for node, bound in bounds(program).items():
         rows += [_row(node, i.what, "", i.low, i.high, i.most) for i in bound.inside]
         value: Tensor = node.meta["val"]
         most = torch.iinfo(value.dtype).max if not value.is_floating_point() else (1 << 24) - 1
@@ -67,21 +67,17 @@ def widths(program: Program) -> list[Width]:
     return rows
 
 
-def intervals(program: Program) -> dict[Node, Interval]:
-    """The interval of the value of each node of an integer program, for each channel.
-
-    Raises:
-        VerifyError: As ``widths``.
-    """
-    return {node: bound.result for node, bound in _bounds(program).items()}
-
-
 def _row(node: Node, what: str, dtype: str, low: int, high: int, limit: int) -> Width:
     op = str(node.target).rsplit(".", 1)[0].removeprefix("aten.")
     return Width(node.name, module_of(node), op, what, dtype, low, high, bits_of(low, high), limit)
 
 
-def _bounds(program: Program) -> dict[Node, Bound]:
+def bounds(program: Program) -> dict[Node, Bound]:
+    """What the rule of each node says, for each channel of its value.
+
+    Raises:
+        VerifyError: As ``widths``.
+    """
     found: dict[Node, Bound] = {}
     for node in program.graph.nodes:
         if node.op != "call_function" or node.meta.get(TYPE) == INDEX:

@@ -101,10 +101,10 @@ class Writer:
     def translate(self, node: Node) -> Value:
         """ONNX nodes for one node; returns the names of its values."""
         spec = spec_of(node)
-        if spec is not None and spec.onnx is not None:
-            return self.call_function(node, spec.onnx)
         if node.target in HANDLERS:
             return HANDLERS[node.target](self, node)
+        if spec is not None and spec.onnx is not None:
+            return self.call_function(node, spec.onnx)
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "ntc":
             raise BackendError(f"{node.target} has no ONNX function: {where(node)}")
         return self.fallback(self, node)

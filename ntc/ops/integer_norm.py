@@ -129,13 +129,14 @@ def _bound(
     most, weight, bias = most_normal(channels, epsilon, guard), Interval(integers(gain), integers(gain)), integers(offset)
     scaled = Interval.of(-most, most) * weight + Interval(bias, bias)
     variance = Interval.of(0, squares // channels + epsilon << 2 * guard)
+    half = (1 << shift) >> 1
     shifted = Interval.of(-d.magnitude << guard + PLACES, d.magnitude << guard + PLACES)
     inside = (
         Inside.over("sum of squares", Interval.of(0, squares), 64, "use fewer bits for the residual stream"),
         Inside.over("variance under the root", variance, 63, "use a smaller guard"),
         Inside.over("shifted difference", shifted, 63, "use a smaller guard"),
         Inside.over("normalised value", Interval.of(-most, most), 32, "use a smaller guard, or an epsilon above 0"),
-        Inside.over("normalised value times gain", scaled, 63, "use a smaller shift"),
+        Inside.over("normalised value times gain", scaled | (scaled + Interval.of(half, half)), 63, "use a smaller shift"),
     )
     return Bound(scaled.round_shift(shift).clamp(low, high), inside)
 
