@@ -8,7 +8,8 @@ adds to it,
     loss = sum over attentions and FFNs l of  sum |a_l - a'_l|^2 / sum |a'_l|^2
 
 the share of the layer's power that is not explained, summed over the tokens of a step. No gradient crosses a layer, all are
-fitted at once, and neither logits nor head are computed, so a step costs less than one end to end.
+fitted at once, and neither logits nor head are computed, so a step costs less than one end to end. Only layers that hold neurons are
+fitted: a layer that is still the original's has nothing to learn, and embeddings, which the first layer reads, serve others too.
 """
 
 from __future__ import annotations
@@ -17,13 +18,38 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from ntc.blocks import layer_outputs
 from ntc.errors import ConfigError
+from ntc.meta import block_of
+from ntc.ops import aten, spec_of
+from ntc.program import Program
 from ntc.training.config import TrainingConfig
 from ntc.training.form import TrainingForm
 from ntc.training.losses import Objective
 
-__all__ = ["BlockwiseObjective", "layer_loss"]
+__all__ = ["BlockwiseObjective", "fitted_tensors", "layer_loss"]
+
+
+def fitted_tensors(program: Program) -> frozenset[str]:
+    """Names of the tensors of those attentions and FFNs that hold neurons, their norms included."""
+    layers = [layer for layer in layer_outputs(program) if layer.where != "block"]
+    sums = {user for layer in layers for user in layer.node.users if user.target is aten.add.Tensor}
+    found: set[str] = set()
+    for layer in layers:
+        seen: set[Node] = set()
+        frontier = [layer.node]
+        while frontier:
+            node = frontier.pop()
+            if node.op != "get_attr" and (node in seen or node in sums or block_of(node) != layer.block):
+                continue
+            seen.add(node)
+            frontier.extend(node.all_input_nodes)
+        specs = [spec_of(node) for node in seen]
+        if any(spec is not None and spec.element == "population" for spec in specs):
+            found |= {str(node.target) for node in seen if node.op == "get_attr"}
+    return frozenset(found)
 
 
 def layer_loss(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from ntc.errors import ConfigError, TrainingError
 from ntc.frontend import load_tokenizer
 from ntc.program import Program
 from ntc.text import Tokens
-from ntc.training.blockwise import BlockwiseObjective
+from ntc.training.blockwise import BlockwiseObjective, fitted_tensors
 from ntc.training.checkpoint import WorkFolder, locked, plain_row
 from ntc.training.config import TrainingConfig
 from ntc.training.corpus import Corpus
@@ -230,8 +230,14 @@ def _blockwise(
     common: Mapping[str, str], accelerator: Any, place: Path, news: Callable[[News], None],
 ) -> Outcome:  # fmt: skip
     """Fit every layer by itself (``ntc.training.blockwise``)."""
+    fitted = names & fitted_tensors(program)
+    if not fitted:
+        raise ConfigError(
+            f"the group {config.group!r} has no tensor in a layer that holds neurons, so there is nothing to fit layer by layer: "
+            "leave blockwise_tokens out, or choose another group"
+        )
     form = TrainingForm(
-        program, names, surrogate=config.surrogate, width=config.surrogate_width, bf16=bool(config.bf16),
+        program, fitted, surrogate=config.surrogate, width=config.surrogate_width, bf16=bool(config.bf16),
         checkpointing=config.checkpointing, by_layer=True, forced=True,
     )  # fmt: skip
     trainer = Trainer(

@@ -10,12 +10,16 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from ntc.errors import ConfigError
+from ntc.pipeline import run_pipeline
 from ntc.text import tokens_from
-from ntc.training.blockwise import BlockwiseObjective, layer_loss
+from ntc.training.blockwise import BlockwiseObjective, fitted_tensors, layer_loss
 from ntc.training.form import TrainingForm
 from ntc.training.run import finetune
 from ntc.training.validation import validate
-from tests.programs import canonical
+from ntc_passes.fold_thresholds import FoldThresholds
+from ntc_passes.insert_neurons import InsertNeurons
+from ntc_passes.replace_attention import ReplaceAttention
+from tests.programs import CONTEXT, calibrated, canonical
 from tests.training.training_cases import WINDOW, chain, config, without_ties
 
 
@@ -58,6 +62,25 @@ def test_layers_have_to_be_the_same():
         BlockwiseObjective(form, None, settings)
     with pytest.raises(ConfigError, match="has 4 attentions and FFNs where the original network has 2"):
         BlockwiseObjective(form, TrainingForm(canonical(n_layer=1), by_layer=True), settings)
+
+
+def test_only_layers_with_neurons_are_fitted(tmp_path):
+    policy = [ReplaceAttention.configure({"output": "current"}), FoldThresholds(), InsertNeurons()]
+    ssa_only = run_pipeline(calibrated(), policy, CONTEXT)
+    fitted = fitted_tensors(ssa_only)
+    assert not any(".mlp." in n or ".ln_2." in n or not n.startswith("transformer.h.") for n in fitted)  # embeddings serve the head too
+    for name in ("ln_1.weight", "attn.c_proj.bias", "attn.q.threshold"):
+        assert {f"transformer.h.{block}.{name}" for block in (0, 1)} <= fitted
+    assert any(".mlp.c_proj." in n for n in fitted_tensors(without_ties()))
+    text = tmp_path / "ids.txt"
+    text.write_text(" ".join(map(str, chain())))
+    common = {"teacher": canonical(), "tokenizer": numbers(), "cache_dir": tmp_path}
+    tokens = {"max_tokens": 4 * WINDOW, "blockwise_tokens": 4 * WINDOW * 3}
+    found = finetune(ssa_only, text, config=config(**tokens, group="all"), **common)
+    assert found.blockwise is not None
+    assert {n for n, t in found.blockwise.tensors.items() if not torch.equal(t, ssa_only.tensor(n))} == fitted
+    with pytest.raises(ConfigError, match="'ffn' has no tensor in a layer that holds neurons"):
+        finetune(ssa_only, text, config=config(**tokens, group="ffn"), **common)
 
 
 def numbers() -> PreTrainedTokenizerFast:
