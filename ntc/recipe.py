@@ -82,6 +82,12 @@ class Recipe:
         at = self._index(name)
         return replace(self, steps=(*self.steps[:at], *self.steps[at + 1 :]))
 
+    def with_options(self, name: str, **options: Any) -> Recipe:
+        """The recipe with these options of the named pass in place of what it chose."""
+        at = self._index(name)
+        step = replace(self.steps[at], options={**self.steps[at].options, **options})
+        return replace(self, steps=(*self.steps[:at], step, *self.steps[at + 1 :]))
+
     def build(self, settings: Settings, find: Callable[[str], type[Pass]]) -> list[Pass]:
         """The passes with their options: the recipe's own, then the settings for all passes that have such an option.
 

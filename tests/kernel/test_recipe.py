@@ -59,7 +59,10 @@ def test_edits_by_name_leave_the_recipe_as_it_was() -> None:
     assert names(RECIPE.insert_after("fast", Step("plain"))) == ["slow", "fast", "plain"]
     assert names(RECIPE.without("slow")) == ["fast"]
     assert names(RECIPE) == ["slow", "fast"]
-    for act in (lambda: RECIPE.without("x"), lambda: RECIPE.insert_after("x", Step("y")), lambda: RECIPE.insert_before("x", Step("y"))):
+    for act in (
+        lambda: RECIPE.without("x"), lambda: RECIPE.insert_after("x", Step("y")), lambda: RECIPE.insert_before("x", Step("y")),
+        lambda: RECIPE.with_options("x", depth=1),
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match="recipe mine has no pass 'x'; it has slow, fast"):
             act()
 
@@ -68,6 +71,15 @@ def test_the_recipe_beats_defaults_and_the_user_beats_the_recipe() -> None:
     assert options() == [Slow(7), Fast(2)]
     assert options(steps=3) == [Slow(3), Fast(3)], "a name that two passes share is set for both"
     assert options(depth=5) == [Slow(7, 5), Fast(2)]
+
+
+def test_options_of_a_pass_go_over_those_that_the_recipe_chose() -> None:
+    assert options(RECIPE.with_options("slow", depth=5)) == [Slow(7, 5), Fast(2)]
+    assert options(RECIPE.with_options("slow", steps=8)) == [Slow(8), Fast(2)], "of the named pass alone"
+    assert options(RECIPE.with_options("fast", steps=8), steps=9) == [Slow(9), Fast(9)], "the user beats the recipe"
+    assert options() == [Slow(7), Fast(2)]
+    with pytest.raises(ConfigError, match="pass fast has no option 'depth'"):
+        options(RECIPE.with_options("fast", depth=1))
 
 
 def test_unknown_names_are_refused_with_a_suggestion() -> None:
