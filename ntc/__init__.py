@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ntc.errors import TrainingError as TrainingError
     from ntc.errors import VerifyError as VerifyError
     from ntc.frontend import capture as capture
+    from ntc.generation import Generation as Generation
+    from ntc.generation import generate as generate
     from ntc.pipeline import Calibration as Calibration
     from ntc.pipeline import Context as Context
     from ntc.pipeline import Override as Override
@@ -38,15 +40,16 @@ if TYPE_CHECKING:
     from ntc.recipe import Settings as Settings
     from ntc.recipe import Step as Step
     from ntc.spike_type import SpikeType as SpikeType
+    from ntc.streaming import Stream as Stream
     from ntc.training.config import TrainingConfig as TrainingConfig
     from ntc.training.run import Finetuned as Finetuned
     from ntc.training.run import finetune as finetune
 
 __all__ = [
     "ArtifactError", "BackendError", "Calibration", "CaptureError", "Compilation", "ConfigError", "Context", "DataError",
-    "Finetuned", "NtcError", "Override", "Pass", "PassError", "PassResult", "Program", "Recipe", "Settings", "SpikeType", "Step",
-    "TrainingConfig", "TrainingError", "VerifyError", "capture", "compile", "evaluate", "export", "finetune", "load",
-    "measure_energy", "run_pipeline", "write",
+    "Finetuned", "Generation", "NtcError", "Override", "Pass", "PassError", "PassResult", "Program", "Recipe", "Settings", "SpikeType",
+    "Step", "Stream", "TrainingConfig", "TrainingError", "VerifyError", "capture", "compile", "evaluate", "export", "finetune",
+    "generate", "load", "measure_energy", "run_pipeline", "write",
 ]  # fmt: skip
 
 # Public names by module. They are imported when they are first used: torch takes seconds, and `ntc --help` has no use for it.
@@ -60,11 +63,13 @@ _HOMES = {
         "VerifyError",
     ),
     "frontend": ("capture",),
+    "generation": ("Generation", "generate"),
     "pipeline": ("Calibration", "Context", "Override", "Pass", "PassResult", "run_pipeline"),
     "program": ("Program",),
     "quality": ("evaluate",),
     "recipe": ("Recipe", "Settings", "Step"),
     "spike_type": ("SpikeType",),
+    "streaming": ("Stream",),
     "training.config": ("TrainingConfig",),
     "training.run": ("Finetuned", "finetune"),
 }  # fmt: skip

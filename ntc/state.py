@@ -7,6 +7,7 @@ the tokens given, behind the logits and in the same order. What a part is stands
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,10 @@ class StateSpec:
     def sizes(self, batch: int, past: int) -> tuple[int, ...]:
         """The shape in numbers."""
         return tuple(size if isinstance(size, int) else {BATCH: batch, PAST: past}[size] for size in self.shape)
+
+    def bytes(self, past: int) -> int:
+        """Size for one sequence after so many tokens."""
+        return math.prod(self.sizes(1, past)) * self.dtype.itemsize
 
     def initial(self, batch: int) -> Tensor:
         """The value before the first token of ``batch`` sequences."""

@@ -22,6 +22,7 @@ from ntc.cli import (
     explain_command,
     export_command,
     finetune_command,
+    generate_command,
     list_commands,
 )
 from ntc.cli.plugin_commands import CommandGroup
@@ -57,7 +58,8 @@ def _ntc(
 
 
 for _module in (
-    check_command, compile_command, finetune_command, evaluate_command, energy_command, export_command, explain_command, list_commands,
+    check_command, compile_command, finetune_command, evaluate_command, generate_command, energy_command, export_command,
+    explain_command, list_commands,
 ):  # fmt: skip
     _module.add_to(app)
 

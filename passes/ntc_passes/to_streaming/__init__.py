@@ -75,18 +75,8 @@ class ToStreaming(Pass):
 
 def _sizes(program: Program) -> dict[str, int]:
     """Bytes of the state of one sequence: what never grows, and what each token adds."""
-
-    def bytes_after(past: int) -> int:
-        return sum(part.initial(1).element_size() * _count(part.sizes(1, past)) for part in program.state)
-
-    return {"state_bytes": bytes_after(0), "state_bytes_per_token": bytes_after(1) - bytes_after(0)}
-
-
-def _count(sizes: tuple[int, ...]) -> int:
-    number = 1
-    for size in sizes:
-        number *= size
-    return number
+    first, second = (sum(part.bytes(past) for part in program.state) for past in (0, 1))
+    return {"state_bytes": first, "state_bytes_per_token": second - first}
 
 
 class StateEdit:
