@@ -198,6 +198,7 @@ def write(
     folder: Path | str,
     *,
     emit: Sequence[str] = (),
+    emit_options: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     tokens: Tensor | None = None,
     also: Callable[[Path], None] | None = None,
@@ -209,6 +210,7 @@ def write(
         compilation: What ``compile_model`` returned.
         folder: A folder that is empty or does not exist, unless ``overwrite`` is given and it holds a program of ours.
         emit: Names of back ends.
+        emit_options: Options of back ends, by name.
         overwrite: Replace the program that is there.
         tokens: Token ids ``[B, L]`` on which back ends measure and check; by default the first windows of the calibration.
         also: Called with the folder before it is sealed, to put more into it.
@@ -220,7 +222,7 @@ def write(
     """
     folder = Path(folder)
     check_output(folder, overwrite)
-    emitters = [backend(name) for name in emit]
+    emitters = _emitters(emit, emit_options)
     tokens = compilation.calibration.batches[0][:2] if tokens is None else tokens
     with replacing_folder(folder) as beside:
         artifact.save(
@@ -233,7 +235,14 @@ def write(
     return results
 
 
-def export(source: Path | str, emit: Sequence[str], *, tokens: Tensor | None = None, progress: Progress = _silent) -> dict[str, Any]:
+def export(
+    source: Path | str,
+    emit: Sequence[str],
+    *,
+    emit_options: Mapping[str, Mapping[str, Any]] | None = None,
+    tokens: Tensor | None = None,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
     """Add artefacts to a compiled folder; the folder is replaced as a whole when all have succeeded.
 
     Raises:
@@ -243,13 +252,17 @@ def export(source: Path | str, emit: Sequence[str], *, tokens: Tensor | None = N
     if not emit:
         raise ConfigError("nothing to export: name a target, such as onnx or netlist")
     folder = Path(source)
-    emitters = [backend(name) for name in emit]
+    emitters = _emitters(emit, emit_options)
     program, analog = artifact.load(folder), artifact.load_analog(folder)
     with replacing_folder(folder) as beside:
         shutil.copytree(folder, beside, dirs_exist_ok=True)
         results = _emit(emitters, program, beside, analog, tokens, progress)
         artifact.seal(beside, targets={**artifact.read_manifest(beside).get("targets", {}), **results})
     return results
+
+
+def _emitters(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None) -> list[Backend]:
+    return [backend(name, (options or {}).get(name)) for name in names]
 
 
 def _emit(

@@ -8,8 +8,9 @@ The command line asks this module for the names of commands, so it imports no to
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ntc.program import Program
     from ntc.recipe import Recipe
 
-__all__ = ["Backend", "Listed", "backend", "command", "command_packages", "find_pass", "listed", "recipe"]
+__all__ = ["Backend", "Listed", "backend", "command", "command_packages", "find_pass", "listed", "names_of", "recipe"]
 
 _GROUPS = {"pass": "ntc.passes", "recipe": "ntc.recipes", "backend": "ntc.backends", "command": "ntc.commands"}
 
@@ -29,6 +30,9 @@ _GROUPS = {"pass": "ntc.passes", "recipe": "ntc.recipes", "backend": "ntc.backen
 @runtime_checkable
 class Backend(Protocol):
     """Writes an artefact of a program: one callable object per ``--emit`` name.
+
+    A back end with something to set is a class with an attribute ``Options``, a frozen dataclass with defaults whose
+    ``__post_init__`` raises ``ValueError`` for values that do not fit, and takes such an object as its only argument, as passes do.
 
     Attributes:
         name: Name for ``--emit``.
@@ -122,16 +126,39 @@ def recipe(name: str) -> Recipe:
     return loaded
 
 
-def backend(name: str) -> Backend:
-    """The back end of that name."""
+def backend(name: str, options: Mapping[str, Any] | None = None) -> Backend:
+    """The back end of that name, with those of its options that differ from their defaults.
+
+    Raises:
+        ConfigError: If there is none, it cannot be made, or it has no such option or value.
+    """
     loaded = _load("backend", name)
     try:
+        if options:
+            loaded = loaded(_configured(name, loaded, options))
         found: Any = loaded() if isinstance(loaded, type) else loaded
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(f"backend {name} cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(found, Backend):
         raise ConfigError(f"entry point {name} of group ntc.backends is no back end: it needs name, files, summary and emit()")
     return found
+
+
+def _configured(name: str, loaded: Any, values: Mapping[str, Any]) -> Any:
+    """The options of a back end with those values."""
+    options = getattr(loaded, "Options", None)
+    known = [f.name for f in dataclasses.fields(options)] if isinstance(loaded, type) and dataclasses.is_dataclass(options) else []
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise ConfigError(f"back end {name} has no option {key!r}; {hint}")
+    try:
+        return options(**values)  # type: ignore[misc]  # known is not empty: it is a dataclass
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"back end {name}: {error}") from error
 
 
 def command(name: str) -> Callable[[Any], object]:
@@ -146,6 +173,11 @@ def command(name: str) -> Callable[[Any], object]:
 def command_packages() -> dict[str, str]:
     """Names of the commands that plug-ins bring, and the package of each; nothing is imported."""
     return {name: _dist(point) for name, point in sorted(_points("command").items())}
+
+
+def names_of(kind: str) -> list[str]:
+    """Names of all plug-ins of a kind; nothing is imported."""
+    return sorted(_points(kind))
 
 
 def listed(kind: str) -> list[Listed]:

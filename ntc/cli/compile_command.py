@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ntc.cli.finetune_command import config_from, show_finetuning, work_folder
-from ntc.cli.options import Recipe, SetOptions, SettingsFile, Steps, settings_from
+from ntc.cli.options import EmitOptions, EmittingCommand, Recipe, SetOptions, SettingsFile, Steps, backend_options, settings_from
 from ntc.cli.output import JsonFlag, Output, Report, VerboseFlag, count, data_size, duration, names, session, table
 from ntc.cli.tables import by_role, heading, show_attention, show_neurons, show_quality, show_targets
 from ntc.cli.training_progress import training_progress
@@ -40,6 +40,7 @@ def add_to(app: typer.Typer) -> None:
     """Register the command."""
     app.command(
         "compile",
+        cls=EmittingCommand,
         epilog="Examples:\n\n"
         "ntc compile examples/gpt2-books -o build/demo --steps 4 --emit onnx,netlist,energy\n\n"
         "ntc compile gpt2 -o build/gpt2 --calibration my.txt --set activation=relu --overwrite\n\n"
@@ -57,7 +58,8 @@ def compile_(
     settings: SettingsFile = None,
     set_: SetOptions = None,
     calibration: Annotated[Path | None, typer.Option(help="Text for thresholds (default: calibration.txt of the model).")] = None,
-    emit: Annotated[list[str] | None, typer.Option(help="Also write: onnx, netlist, energy; separated by commas.")] = None,
+    emit: Annotated[list[str] | None, typer.Option(help="Also write: onnx, netlist, nir, energy; separated by commas.")] = None,
+    emit_set: EmitOptions = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the compiled program that is in the folder.")] = False,
     evaluate: Annotated[
         Path | None, typer.Option(help="Held-out text for the quality in the closing table (default: the calibration text).")
@@ -82,8 +84,8 @@ def compile_(
     with session(as_json, verbose) as out_put:
         options = {"max_tokens": finetune_tokens, "max_minutes": finetune_minutes, "group": group}
         data = _compile(
-            out_put, model, out, recipe, settings_from(settings, set_, steps, percentile), calibration, names(emit), overwrite,
-            evaluate, measure, finetune or [], _training_config(finetune, options),
+            out_put, model, out, recipe, settings_from(settings, set_, steps, percentile), calibration, names(emit),
+            backend_options(emit_set, names(emit)), overwrite, evaluate, measure, finetune or [], _training_config(finetune, options),
         )  # fmt: skip
         for warning in data["warnings"]:
             out_put.warn(warning)
@@ -91,8 +93,9 @@ def compile_(
 
 
 def _compile(
-    output: Output, model: str, out: Path, recipe: str, settings: Any, calibration: Path | None, emit: list[str], overwrite: bool,
-    evaluate: Path | None, measure: bool, texts: list[str], training: TrainingConfig | None,
+    output: Output, model: str, out: Path, recipe: str, settings: Any, calibration: Path | None, emit: list[str],
+    emit_options: dict[str, dict[str, Any]], overwrite: bool, evaluate: Path | None, measure: bool, texts: list[str],
+    training: TrainingConfig | None,
 ) -> dict[str, Any]:  # fmt: skip
     from ntc.compiler import compile_model, write
     from ntc.folders import check_output
@@ -104,7 +107,7 @@ def _compile(
     # Everything that can be wrong is looked at before the work begins.
     check_output(out, overwrite)
     for name in emit:
-        backend(name)
+        backend(name, emit_options.get(name))
     if evaluate is not None:
         read_text(evaluate)
     if texts:
@@ -127,7 +130,8 @@ def _compile(
             seconds["evaluate"] = time.perf_counter() - now
         now = time.perf_counter()
         targets = write(
-            done, out, emit=emit, overwrite=overwrite, tokens=tokens.windows[:2], also=_adding(tuned), progress=report,
+            done, out, emit=emit, emit_options=emit_options, overwrite=overwrite, tokens=tokens.windows[:2], also=_adding(tuned),
+            progress=report,
         )  # fmt: skip
         if tuned is not None:
             _forget(work_folder(out))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ntc.cli.energy_command import tokens_for
+from ntc.cli.options import EmitOptions, EmittingCommand, backend_options
 from ntc.cli.output import JsonFlag, VerboseFlag, data_size, duration, names, session, table
 from ntc.cli.tables import show_targets
 
@@ -23,15 +24,18 @@ def add_to(app: typer.Typer) -> None:
     """Register the command."""
     app.command(
         "export",
+        cls=EmittingCommand,
         epilog="Examples:\n\n"
         "ntc export build/demo --emit onnx,netlist\n\n"
+        "ntc export build/demo --emit nir --nir-reset annotate --nir-compat 1.0.4\n\n"
         "ntc export build/demo --emit energy --data examples/data/books-sample.txt --json",
     )(export)
 
 
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ntc compile wrote.", show_default=False)],
-    emit: Annotated[list[str], typer.Option(help="What to write: onnx, netlist, energy; separated by commas.", show_default=False)],
+    emit: Annotated[list[str], typer.Option(help="What to write: onnx, netlist, nir, energy; separated by commas.", show_default=False)],
+    emit_set: EmitOptions = None,
     data: Annotated[Path | None, typer.Option(help="Text to check and measure on (default: the model's calibration.txt).")] = None,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = 0,
@@ -44,11 +48,12 @@ def export(
     with session(as_json, verbose) as output:
         started = time.perf_counter()
         wanted = names(emit)
-        files = [f for name in wanted for f in backend(name).files]  # an unknown name costs no time
+        options = backend_options(emit_set, wanted)
+        files = [f for name in wanted for f in backend(name, options.get(name)).files]  # an unknown name costs no time
         with output.progress() as report:
             report("load", 0, 1)
             tokens = tokens_for(output, folder, artifact.load(folder), data, _TOKENS)
-            targets = export_to(folder, wanted, tokens=tokens.windows[:2], progress=report)
+            targets = export_to(folder, wanted, emit_options=options, tokens=tokens.windows[:2], progress=report)
         written = [{"name": f, "bytes": (folder / f).stat().st_size} for f in files if (folder / f).is_file()]
         result: dict[str, Any] = {
             "folder": str(folder), "targets": targets, "files": written, "data": tokens.description,
