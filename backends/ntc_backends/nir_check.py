@@ -7,7 +7,7 @@ differs is *decided*, not assumed: the neuron is run again in float64, and its m
     u (n + 3 T + 4) (sum_c |W_c x_c| + |b| + (T + 1) theta),          u = 2**-24 (float32)
 
 which bounds the error of n products and T steps of either side (Higham 2002, Accuracy and Stability, section 3.1). Anything else is a
-mistake, and the export fails.
+mistake, and the export fails. Integers leave no room: there every spike is the same.
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ def _largest_error(part: Part, seen: dict[str, Array], found: dict[str, Array], 
 def _explained(program: Program, node: Node, seen: dict[str, Array], other: Array) -> int:
     """How many of the differing spikes belong to neurons that come within rounding of a threshold."""
     neuron = neuron_of(program, node)
+    if neuron.integer:
+        return 0
     places = np.nonzero(other.any(axis=0))  # batch, token, channel
     x, size, terms = _currents(program, source_of_part(node), seen, places)
     if not neuron.timed:
@@ -159,7 +161,7 @@ def _currents(program: Program, node: Node, seen: dict[str, Array], places: tupl
 
 def _margin(neuron: Neuron, channel: Array, x: Array, theta: Array) -> Array:
     """How near the membrane of each neuron comes to a threshold in T steps."""
-    v = neuron.v0[channel].astype(np.float64) * theta
+    v = neuron.start[channel].astype(np.float64)
     tau = None if neuron.tau is None else neuron.tau[channel].astype(np.float64)
     least = np.full(len(channel), np.inf)
     for current in x:

@@ -86,7 +86,7 @@ def run_file(entry: FileEntry, graph: Any, version: str, value: Array, reading: 
         steps = "" if port.held else f"{entry.steps}, "
         raise DataError(f"{port.value} has shape [{steps}B, L, {channels}] in {entry.file}, not {list(value.shape)}")
     machine = Machine(graph, subtract=version in _SUBTRACTING or reading == "subtract")
-    train = value.reshape(1 if port.held else entry.steps, -1, channels)
+    train = value.astype(entry.dtype, copy=False).reshape(1 if port.held else entry.steps, -1, channels)
     watched = {p.name: p.spikes for p in entry.populations}
     watched |= {o.value: next(a for a, b in graph.edges if b == o.port) for o in entry.outputs}
     seen: dict[str, list[Array]] = {name: [] for name in watched}

@@ -25,7 +25,7 @@ from ntc.spike_type import SpikeType
 from ntc_backends import nir_index as schema
 from ntc_backends.nir_check import compare
 from ntc_backends.nir_execute import run_file
-from ntc_backends.nir_neurons import Array, neuron_of
+from ntc_backends.nir_neurons import Array, arguments, full, neuron_of
 from ntc_backends.nir_options import NirOptions, require_nir
 from ntc_backends.nir_parts import Part, Plan, plan
 
@@ -106,7 +106,7 @@ class NirBackend:
         start = drawn.start
         return schema.FileEntry(
             name=part.name, file=path.name, sha256=digest, bytes=path.stat().st_size, block=block_of(part.nodes[0]),
-            steps=_steps(part), dtype=_dtype(drawn),
+            steps=_steps(part), dtype=np.dtype(part.dtype).name,
             input=schema.InputPort(
                 port="input", value=part.source.name, channels=drawn.channels, held=part.held, start=part.start,
                 start_current=None if start is None else _number(start) or [float(v) for v in start],
@@ -125,8 +125,7 @@ class NirBackend:
 
     def _index(self, program: Program, planned: Plan, files: list[schema.FileEntry], made: dict[str, list[str]]) -> schema.NirIndex:
         file_of = {node: part.name for part in planned.parts for node in part.nodes}
-        source = next(n for n in program.graph.nodes if n.op == "placeholder")
-        result = next(n for n in program.graph.nodes if n.op == "output").args[0]
+        sources = [n.name for n in program.graph.nodes if n.op == "placeholder"]
         return schema.NirIndex(
             format="ntc-nir", schema_version=schema.SCHEMA_VERSION, generator=f"ntc {_version()}", model=_portable(program.info.source),
             nir_version=self.options.compat, steps=program.steps,
@@ -138,7 +137,7 @@ class NirBackend:
                 exact="the same function of the inputs as in the program; floating-point sums in another order can move a membrane that "
                 "is within rounding of its threshold, and a spike then comes a step earlier or later",
             ),
-            source=source.name, result=result.name, files=files,
+            sources=sources, results=[node.name for node in program.results], files=files,
             nodes=[
                 schema.NodeEntry(
                     name=node.name, op=op_name(node.target), module=module_of(node),
@@ -168,22 +167,18 @@ class NirBackend:
 
 def _population(program: Program, part: Part, node: Node, spikes: str) -> schema.PopulationEntry:
     neuron, spec = neuron_of(program, node), node.meta.get(NEURON)
+    v0 = None if neuron.integer else _number(full(program, arguments(node)["v0"], neuron.size))
     return schema.PopulationEntry(
         name=node.name, model="if" if neuron.tau is None else "lif", form=part.forms[node], size=neuron.size,
         role=spec.role if spec else "", signed=neuron.signed, reset="hard" if neuron.hard else "soft", threshold=_number(neuron.threshold),
-        v0=_number(neuron.v0), tau=None if neuron.tau is None else _number(neuron.tau), spikes=spikes,
+        start=_number(neuron.start), v0=v0, arithmetic="integer" if neuron.integer else "float",
+        tau=None if neuron.tau is None else _number(neuron.tau), spikes=spikes,
     )  # fmt: skip
 
 
 def _steps(part: Part) -> int:
     kinds = [n.meta[TYPE] for n in (part.source, *part.nodes)]
     return int(next(kind.steps for kind in kinds if timed(kind)))
-
-
-def _dtype(drawn: Any) -> str:
-    """Of the parameters; the widest one if they differ."""
-    arrays = [value for node in drawn.nodes.values() for value in vars(node).values() if isinstance(value, np.ndarray)]
-    return str(np.result_type(*arrays))
 
 
 def _number(values: Array) -> float | None:

@@ -15,7 +15,7 @@ import numpy as np
 from torch.fx import Node
 
 from ntc.program import Program
-from ntc_backends.nir_neurons import Array, Neuron, arguments, below, full, neuron_of, numpy_of, start_of
+from ntc_backends.nir_neurons import Array, Neuron, arguments, full, loop_threshold, neuron_of, node_threshold, numpy_of, start_current
 from ntc_backends.nir_options import NirOptions
 from ntc_backends.nir_parts import Part, is_scale, source_of_part
 
@@ -70,9 +70,8 @@ class _Pen:
                 exit_ = self._population(node, entry)
             elif is_scale(node):
                 exit_ = self._scale(node, entry)
-            elif (pair := next((u for u in node.users if part.forms.get(u) == "pair"), None)) is not None:
-                self.drawn.made[node.name] = [f"{node.name}_on", f"{node.name}_off"]  # drawn with its neurons
-                assert pair is not None
+            elif any(part.forms.get(user) == "pair" for user in node.users):
+                drawn.made[node.name] = []  # drawn with its neurons
                 continue
             else:
                 exit_ = self._linear(node, entry)
@@ -104,47 +103,51 @@ class _Pen:
         weight, bias = self._weights(node)
         starting = next((u for u in node.users if self.part.start == "channel" and u in self.part.forms), None)
         if starting is not None and node is self.part.nodes[0]:
-            weight = np.column_stack([weight, start_of(neuron_of(self.program, starting)).astype(weight.dtype)])
+            weight = np.column_stack([weight, start_current(self._neuron(starting)).astype(weight.dtype)])
         return self._put(node, _layer(weight, bias), entries=(entry,))
 
     def _weights(self, node: Node) -> tuple[Array, Array | None]:
         given = arguments(node)
         bias = given["bias"]
-        return numpy_of(self.program.tensor(given["weight"])), None if bias is None else numpy_of(self.program.tensor(bias))
+        weight = numpy_of(self.program.tensor(given["weight"]), self.part.dtype)
+        return weight, None if bias is None else numpy_of(self.program.tensor(bias), self.part.dtype)
 
     def _scale(self, node: Node, entry: str) -> str:
         train = source_of_part(node)
         factor = next(a for a in node.args if a is not train)
         size = int(node.meta["val"].shape[-1])
-        return self._put(node, nir.Scale(scale=full(self.program, factor, size)), entries=(entry,))
+        return self._put(node, nir.Scale(scale=full(self.program, factor, size, self.part.dtype)), entries=(entry,))
 
     # Neurons: see nir_neurons for why these are the program's.
 
+    def _neuron(self, node: Node) -> Neuron:
+        return neuron_of(self.program, node, self.part.dtype)
+
     def _population(self, node: Node, entry: str) -> str:
-        neuron = neuron_of(self.program, node)
+        neuron = self._neuron(node)
         form = self.part.forms[node]
         if form == "loop":
             return self._loop(node, neuron, entry)
         if form == "pair":
             return self._pair(node, neuron)
         if self.part.start == "add" and node is self.part.nodes[0]:
-            self.drawn.start = start_of(neuron)
-        return self._put(node, self._cell(neuron, below(neuron.threshold)), entries=(entry,), **self._said(neuron))
+            self.drawn.start = start_current(neuron)
+        return self._put(node, self._cell(neuron, node_threshold(neuron)), entries=(entry,), **self._said(neuron))
 
     def _loop(self, node: Node, neuron: Neuron, entry: str) -> str:
-        theta, shift, one = neuron.threshold, neuron.v0 * neuron.threshold, np.ones_like(neuron.threshold)
+        theta, one = neuron.threshold, np.ones_like(neuron.threshold)
         if neuron.tau is None:
             membrane: Any = nir.I(r=one)
             back = -theta
         else:
-            membrane = nir.LI(tau=neuron.tau, r=one.copy(), v_leak=-shift)
+            membrane = nir.LI(tau=neuron.tau, r=one.copy(), v_leak=-neuron.start)
             back = -theta * (neuron.tau - 1)
         v = self._put(node, membrane, "membrane", (entry,))
-        fires = below(theta - shift)
+        fires = loop_threshold(neuron)
         if neuron.signed:
             up = self._put(node, nir.Threshold(threshold=fires), "up", (v,))
             flipped = self._put(node, nir.Scale(scale=-one), "flipped", (v,))
-            down = self._put(node, nir.Threshold(threshold=shift), "down", (flipped,))
+            down = self._put(node, nir.Threshold(threshold=neuron.start), "down", (flipped,))
             negative = self._put(node, nir.Scale(scale=-one), "negative", (down,))
             spikes = self._put(node, nir.Scale(scale=one.copy()), "spikes", (up, negative))
         else:
@@ -161,8 +164,8 @@ class _Pen:
         self.drawn.made[layer.name] = []
         ends = []
         for suffix, sign, start, threshold in (
-            ("on", 1, start_of(neuron), below(neuron.threshold)),
-            ("off", -1, start_of(neuron, off=True), neuron.threshold),  # u < 0 is strict, as NIR's comparison
+            ("on", 1, start_current(neuron), node_threshold(neuron)),
+            ("off", -1, start_current(neuron, off=True), neuron.threshold),  # u < 0 is strict, as NIR's comparison
         ):
             rows = np.column_stack([sign * weight, start.astype(weight.dtype)])
             current = self._put(layer, _layer(rows, None if bias is None else sign * bias), suffix, ("input",))

@@ -83,7 +83,9 @@ class PopulationEntry(_Model):
         signed: Ternary spikes.
         reset: Of the program's neuron.
         threshold: One number if all are equal, else null: then it stands in the NIR nodes only.
-        v0: Initial potential as a fraction of the threshold; likewise.
+        start: Initial potential; likewise.
+        v0: Initial potential as a fraction of the threshold; likewise, and null for integers.
+        arithmetic: ``integer``: spikes are the same on every executor. ``float``: see ``conventions.exact``.
         tau: Time constant in steps; likewise; null for ``if``.
         spikes: NIR node that carries its spikes.
     """
@@ -96,7 +98,9 @@ class PopulationEntry(_Model):
     signed: bool
     reset: Literal["soft", "hard"]
     threshold: float | None
+    start: float | None
     v0: float | None
+    arithmetic: Literal["float", "integer"]
     tau: float | None
     spikes: str
 
@@ -210,8 +214,8 @@ class NirIndex(_Model):
         nir_version: Definitions that hold for the nodes, and oldest nir package that reads the files.
         steps: Largest T of the program.
         conventions: How to read the files.
-        source: Input of the program: token ids.
-        result: Node with the logits.
+        sources: Inputs of the program: token ids, and the state if it has one.
+        results: Nodes with the logits, and the new state.
         files: The files.
         nodes: All operations of the program, in an order in which they can run.
     """
@@ -223,8 +227,8 @@ class NirIndex(_Model):
     nir_version: str
     steps: Count
     conventions: Conventions
-    source: str
-    result: str
+    sources: list[str]
+    results: list[str]
     files: list[FileEntry]
     nodes: list[NodeEntry]
 

@@ -22,6 +22,10 @@ Where IF subtracts, it subtracts ``below(theta)``: the last bit of theta less.
 A ternary neuron is two nodes, ``on`` with current x and start ``v0 theta``, ``off`` with -x and start ``(1 - v0) theta``: with
 subtracting reset and a constant current one of them never fires and the other one fires when the ternary neuron does. With a
 current that changes its sign the two are another neuron.
+
+*Integers.* Between two whole numbers lies a half: ``u >= theta`` is ``u > theta - 1/2``, and all of this is exact in float32 below 2**23
+(float64 is written where a sum can be larger). In the loop the threshold is ``theta - start - 1/2``; an IF node, which subtracts what
+it compares with, has ``v_threshold = theta`` and half a unit more at the start.
 """
 
 from __future__ import annotations
@@ -35,16 +39,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
 
+from ntc.ops import aten
 from ntc.program import Program
 from ntc_backends.nir_options import NirOptions
 
 __all__ = [
-    "Array", "Form", "Neuron", "Verdict", "arguments", "below", "form_of", "full", "is_population", "judge_neuron", "neuron_of", "numpy_of",
-    "start_of",
+    "Array", "Form", "Neuron", "Verdict", "arguments", "below", "form_of", "full", "is_layer", "is_population", "judge_neuron",
+    "loop_threshold", "neuron_of", "node_threshold", "numpy_of", "start_current",
 ]  # fmt: skip
 
 Array = NDArray[Any]
 Form = Literal["loop", "node", "pair"]
+
+_INTEGER = torch.ops.ntc.integer_fire.default
 
 
 @dataclass(frozen=True)
@@ -68,21 +75,23 @@ class Neuron:
         size: Neurons.
         steps: T.
         threshold: theta, ``[C]``.
-        v0: Initial potential as a fraction of theta, ``[C]``.
+        start: Initial potential v0 theta, ``[C]``.
         tau: Time constant in steps, ``[C]``; None for IF.
         signed: Ternary.
         hard: Resets to 0 instead of subtracting.
         timed: Whether its current has a value per step.
+        integer: Whether current, threshold and membrane are whole numbers.
     """
 
     size: int
     steps: int
     threshold: Array
-    v0: Array
+    start: Array
     tau: Array | None
     signed: bool
     hard: bool
     timed: bool
+    integer: bool
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -93,25 +102,29 @@ def arguments(node: Node) -> dict[str, Any]:
     return given | dict(zip((a.name for a in declared), node.args, strict=False)) | node.kwargs
 
 
-def numpy_of(value: Tensor) -> Array:
-    """A constant as an array of float32 (half precision is widened, which is exact) or float64."""
-    return value.detach().to(value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32).cpu().numpy()
+def numpy_of(value: Tensor, dtype: Any = None) -> Array:
+    """A tensor as an array: of that dtype, or float32 (half precision is widened, which is exact), or float64 of float64 and integers."""
+    wide = value.dtype == torch.float64 or not value.is_floating_point()
+    array: Array = value.detach().to(torch.float64 if wide else torch.float32).cpu().numpy()
+    return array if dtype is None else array.astype(dtype)
 
 
 def full(program: Program, value: Any, size: int, dtype: Any = None) -> Array:
     """A constant (a node, or a number) as one number per channel: NIR knows no broadcasting."""
-    array = numpy_of(program.tensor(value)) if isinstance(value, Node) else np.asarray(value, dtype or np.float32)
-    return np.ascontiguousarray(np.broadcast_to(array.reshape(-1), (size,)), dtype=dtype)
+    array = numpy_of(program.tensor(value), dtype) if isinstance(value, Node) else np.asarray(value, dtype or np.float32)
+    return np.ascontiguousarray(np.broadcast_to(array.reshape(-1), (size,)))
 
 
-def neuron_of(program: Program, node: Node) -> Neuron:
+def neuron_of(program: Program, node: Node, dtype: Any = None) -> Neuron:
     """The parameters of a population."""
     given, size = arguments(node), int(node.meta["val"].shape[-1])
-    theta = full(program, given["threshold"], size)
+    integer = node.target is _INTEGER
+    theta = full(program, given["threshold"], size, dtype)
     tau = full(program, given["tau"], size, theta.dtype) if "tau" in given else None
+    start = full(program, given["start"] if integer else given["v0"], size, theta.dtype)
     return Neuron(
-        size, given["steps"], theta, full(program, given["v0"], size, theta.dtype), tau, given.get("signed", False),
-        given.get("hard_reset", False), given["timed"],
+        size, given["steps"], theta, start if integer else start * theta, tau, given.get("signed", False), given.get("hard_reset", False),
+        given["timed"], integer,
     )  # fmt: skip
 
 
@@ -120,11 +133,23 @@ def below(value: Array) -> Array:
     return np.nextafter(value, value.dtype.type(-np.inf))
 
 
-def start_of(neuron: Neuron, off: bool = False) -> Array:
-    """The current at the first step that puts a node's potential where the program's neuron begins; ``[C]``."""
-    share = (1 - neuron.v0) if off else neuron.v0
-    start: Array = share * neuron.threshold if neuron.tau is None else share * neuron.threshold * (neuron.tau - 1)
-    return start
+def loop_threshold(neuron: Neuron) -> Array:
+    """What the integrator of a loop, which begins at 0, is compared with; ``[C]``."""
+    threshold = neuron.threshold - neuron.start
+    return threshold - threshold.dtype.type(0.5) if neuron.integer else below(threshold)
+
+
+def node_threshold(neuron: Neuron) -> Array:
+    """``v_threshold`` of an IF or LIF; ``[C]``."""
+    return neuron.threshold if neuron.integer else below(neuron.threshold)
+
+
+def start_current(neuron: Neuron, *, off: bool = False) -> Array:
+    """The current at the first step that puts an IF or LIF where the program's neuron begins; ``[C]``."""
+    start = neuron.threshold - neuron.start if off else neuron.start
+    if neuron.integer and not off:
+        start = start + start.dtype.type(0.5)
+    return start if neuron.tau is None else start * (neuron.tau - 1)
 
 
 def form_of(neuron: Neuron, options: NirOptions) -> Form:
@@ -165,5 +190,10 @@ def judge_neuron(neuron: Neuron, form: Form, options: NirOptions, splittable: bo
 
 
 def is_population(node: Node) -> bool:
-    """Whether a node is a neuron of the two kinds that have forms here."""
-    return node.target in (torch.ops.ntc.integrate_fire.default, torch.ops.ntc.leaky_integrate_fire.default)
+    """Whether a node is a neuron of the kinds that have forms here."""
+    return node.target in (torch.ops.ntc.integrate_fire.default, torch.ops.ntc.leaky_integrate_fire.default, _INTEGER)
+
+
+def is_layer(node: Node) -> bool:
+    """Whether a node is a linear layer."""
+    return node.target in (aten.linear.default, torch.ops.ntc.integer_linear.default)

@@ -8,8 +8,10 @@ token is a run of T steps of its own, from empty state.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch.fx import Node
 
 from ntc.errors import BackendError
@@ -17,7 +19,19 @@ from ntc.meta import TYPE, where
 from ntc.ops import aten, spec_of, timed
 from ntc.program import Program, op_name
 from ntc.spike_type import RateType
-from ntc_backends.nir_neurons import Form, Neuron, Verdict, arguments, form_of, is_population, judge_neuron, neuron_of
+from ntc_backends.nir_neurons import (
+    Array,
+    Form,
+    Verdict,
+    arguments,
+    form_of,
+    is_layer,
+    is_population,
+    judge_neuron,
+    neuron_of,
+    numpy_of,
+    start_current,
+)
 from ntc_backends.nir_options import NirOptions
 
 __all__ = ["Part", "Plan", "is_scale", "plan", "source_of_part"]
@@ -31,6 +45,7 @@ _NO_WORD = {
     "ntc.rms_scale": "divides by a number made from the signal, and NIR has no division",
     "ntc.row_sum_scale": "divides by a number made from the signal, and NIR has no division",
     "linear": "stands between analog values: no neuron drives it or is driven by it",
+    "ntc.integer_linear": "stands between numbers: no neuron drives it or is driven by it",
 }
 
 
@@ -45,6 +60,7 @@ class Part:
         forms: How each population is said.
         start: How initial potentials get in: ``none`` (in thresholds, or 0), ``channel`` (one more input channel that is 1 at the
             first step), ``add`` (to the current of the first step).
+        dtype: Of its parameters: float64 if the program's are, or if its integers can be larger than float32 holds exactly.
     """
 
     nodes: tuple[Node, ...]
@@ -52,6 +68,7 @@ class Part:
     outputs: tuple[Node, ...]
     forms: dict[Node, Form]
     start: Start
+    dtype: Any
 
     @property
     def name(self) -> str:
@@ -112,7 +129,8 @@ def plan(program: Program, options: NirOptions) -> Plan:
         inside = {n: forms[n] for n in members if n in forms}
         starting = [n for n, form in inside.items() if _needs_start(program, n, form)]
         start: Start = "none" if not starting else "add" if first in starting else "channel"
-        result.parts.append(Part(members, source_of_part(first), outputs, inside, start))
+        source = source_of_part(first)
+        result.parts.append(Part(members, source, outputs, inside, start, _dtype(program, source, members)))
     return result
 
 
@@ -123,26 +141,25 @@ def source_of_part(node: Node) -> Node:
 
 def _leads(layer: Node, root: dict[Node, Node]) -> bool:
     """Whether a layer is the first of its part and drives one population only: then it can bring a start current along."""
-    return root[layer] is layer and layer.target is aten.linear.default and len(layer.users) == 1
+    return root[layer] is layer and is_layer(layer) and len(layer.users) == 1
 
 
 def _needs_start(program: Program, node: Node, form: Form) -> bool:
-    neuron = neuron_of(program, node)
-    return form == "pair" or (form == "node" and bool((neuron.v0 != 0).any()))
+    return form == "pair" or (form == "node" and bool((start_current(neuron_of(program, node)) != 0).any()))
 
 
 def _judge(program: Program, node: Node, options: NirOptions, forms: dict[Node, Form]) -> Verdict:
     spec = spec_of(node)
     if is_population(node):
-        neuron: Neuron = neuron_of(program, node)
+        neuron = neuron_of(program, node)
         form = form_of(neuron, options)
         layer = source_of_part(node)
-        twice = layer.target is aten.linear.default and len(layer.users) == 1 and _on_chip(layer)
+        twice = is_layer(layer) and len(layer.users) == 1 and _on_chip(layer)
         verdict = judge_neuron(neuron, form, options, twice)
         if verdict.fidelity != "unsupported":
             forms[node] = form
         return verdict
-    if node.target is aten.linear.default and _on_chip(node):
+    if is_layer(node) and _on_chip(node):
         return Verdict("exact", "the bias is added at every step" if arguments(node)["bias"] is not None else "weights without a bias")
     if node.target is aten.mul.Tensor and timed(node.meta[TYPE]):
         return _judge_scale(node)
@@ -156,6 +173,30 @@ def _on_chip(linear: Node) -> bool:
     constant = all(a is None or (isinstance(a, Node) and a.op == "get_attr") for a in (given["weight"], given["bias"]))
     drives = [is_population(user) and user.args[0] is linear for user in linear.users]
     return constant and (timed(linear.meta[TYPE]) or (bool(drives) and all(drives)))
+
+
+def _dtype(program: Program, source: Node, members: tuple[Node, ...]) -> Any:
+    """Float32, unless the program has float64, or integers whose sums can leave what float32 holds exactly (2**23, with halves)."""
+    constants = [program.tensor(a) for n in members for a in n.all_input_nodes if a.op == "get_attr"]
+    if any(c.dtype == torch.float64 for c in constants):
+        return np.float64
+    value = source.meta["val"]
+    if value.is_floating_point():
+        return np.float32
+    given = arguments(source) if isinstance(source.target, torch._ops.OpOverload) else {}
+    limits = torch.iinfo(value.dtype)
+    most: float = max(-float(given.get("low", limits.min)), float(given.get("high", limits.max)))
+    for node in members:
+        if is_population(node):
+            neuron = neuron_of(program, node)
+            if neuron.steps * most + 2 * float(neuron.threshold.max()) >= 1 << 23:
+                return np.float64
+            most = 1.0
+        else:
+            row: Array = np.abs(numpy_of(program.tensor(arguments(node)["weight"]))).sum(axis=1)
+            bias = arguments(node)["bias"]
+            most = float((most * row + (0 if bias is None else np.abs(numpy_of(program.tensor(bias))))).max())
+    return np.float32
 
 
 def _judge_scale(node: Node) -> Verdict:
