@@ -2,7 +2,7 @@ r"""Spiking attention: tables that stand for the leak, and what the counts stand
 
 With a leak lambda the memory is renewed once in R tokens, and in between keys are written with the weight ``g lambda^-r`` at position r
 of the period (docs/integers.md). R and g are chosen per layer: the longest period up to ``_PERIOD`` with which the weakest weight g has
-still ``_FINE`` steps, while the largest sum that D coincidences per key can reach stays below 2**30. So the relative error of
+still ``_FINE`` steps, while the largest count, summed over T steps, stays within 32 bits whatever the spikes. So the relative error of
 ``lambda^d`` is at most ``1 / (2 g)``, where keys are written; M is rounded to whole numbers when it is renewed.
 
 Counts at position r stand for ``lambda^r / g`` times as much. That factor, one per 1/(i + 1) or of a learned table (which is a period as
@@ -27,7 +27,7 @@ __all__ = ["attention", "period_and_gain", "position_scale", "tables"]
 _PERIOD = 32
 _FINE = 1 << 8
 _FINEST = 1 << 12
-_MOST = 1 << 30
+_MOST = 1 << 31
 _RENEWAL_BITS = 30
 """Binary places: what is lost is less than the rounding of M, which has at most 30 bits."""
 
@@ -49,7 +49,7 @@ def attention(work: Work, node: Node) -> Value:
         growth, renewal, shift = torch.ones(kv_heads, 1, dtype=torch.int32), None, 0
         factors = torch.ones(1, heads, dtype=torch.float64)
     else:
-        period, gain = period_and_gain(leak, context, key_size, where(node))
+        period, gain = period_and_gain(leak, context, key_size, trains[0].steps, where(node))
         (growth, renewal), shift = tables(leak, period, gain), _RENEWAL_BITS
         work.notes[node.name] = {"period": period, "gain": gain, "leak_error": _leak_error(leak, growth, gain)}
         factors = leak.repeat_interleave(heads // kv_heads) ** torch.arange(period, dtype=torch.float64)[:, None] / gain
@@ -75,16 +75,17 @@ def _leak(work: Work, node: Node, kv_heads: int) -> Tensor | None:
     return leak.expand(kv_heads)
 
 
-def period_and_gain(leak: Tensor, context: int, key_size: int, place: str) -> tuple[int, int]:
+def period_and_gain(leak: Tensor, context: int, key_size: int, steps: int, place: str) -> tuple[int, int]:
     """R and g of a layer.
 
     The largest entry of M, at the last position of a period, is ``g lambda^-(R-1) min(1 / (1 - lambda), context)``, and a sum over
-    ``key_size`` rows of M is that many times as much.
+    ``key_size`` rows of M is that many times as much; a decode adds up T of them.
 
     Args:
         leak: lambda of each head, in (0, 1].
         context: Most tokens of a sequence, 0 if not limited.
         key_size: D.
+        steps: T.
         place: Where, for the error.
 
     Raises:
@@ -95,8 +96,8 @@ def period_and_gain(leak: Tensor, context: int, key_size: int, place: str) -> tu
         remembered = remembered.clamp(max=context)
     period = _PERIOD
     while period >= 1:
-        largest = float((leak ** -(period - 1) * remembered).max()) * key_size
-        room = _MOST / largest / 1.01  # rounding of the weights, and of M when it is renewed
+        largest = float((leak ** -(period - 1) * remembered).max()) * key_size * steps
+        room = _MOST / largest / 1.02  # rounding of the weights, and of M when it is renewed
         if room >= _FINE:
             return period, 1 << min(int(math.log2(room)), int(math.log2(_FINEST)))
         period //= 2
