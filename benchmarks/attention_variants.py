@@ -59,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"{n}, no output neuron": {"normalizer": n, "output": "current", **MIXED} for n in ("position", "leak-rms")},
     **{f"{n}, LIF": {"normalizer": n, "neuron": "lif", **BINARY} for n in ("position", "leak-rms")},
     **{f"leak-rms, {p}th percentile": {"normalizer": "leak-rms", "percentile": float(p), **MIXED} for p in (75, 99)},
+    "leak, ternary, 97th percentile": {"normalizer": "leak", "percentile": 97.0, **TERNARY},
 }
 """Name and options of replace-attention; what they do not name is the pass's own default, whatever the recipe chooses."""
 

@@ -4,7 +4,8 @@ r"""A pass of your own, from the first line to the test: one threshold per popul
     python -m pytest examples/custom_pass.py   # its tests
 
 ``fold-thresholds`` makes every threshold 1 that stands behind a linear layer, exactly. What it cannot fold is the output
-neuron of spiking attention: a dynamic product has no stored weight. Such a population keeps one threshold per channel.
+neuron of spiking attention (``output = "spikes"``): a dynamic product has no stored weight. Such a population keeps one
+threshold per channel.
 
 Before::
 
@@ -166,8 +167,8 @@ def main(model: Path = HERE / "gpt2-books", text: Path = HERE / "data" / "books-
     calibration = calibration_from(tokens_from(model / "calibration.txt", tokenizer, 256, tokens, vocabulary))
     measured_on = tokens_from(text, tokenizer, 256, tokens, vocabulary)
 
-    plain = recipe("neurtransformer")
-    variants = {"neurtransformer": plain}
+    plain = recipe("neurtransformer").with_options("replace-attention", output="spikes")  # as it is, it has no output neuron
+    variants = {"neurtransformer, output = spikes": plain}
     for how in ("mean", "max"):
         step = Step(ShareThresholds, {"shared_threshold": how})  # the class: an installed pass is named by its name
         variants[f"with share-thresholds, {how}"] = plain.insert_after("convert-ffn", step)

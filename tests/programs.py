@@ -54,7 +54,7 @@ def rates(steps: int = 4, **config: Any) -> Program:
 
 @cache
 def spiking(steps: int = 4, **config: Any) -> Program:
-    """What the neurtransformer recipe makes."""
+    """All passes of the neurtransformer recipe with their own defaults: attention over positions, with an output neuron."""
     return run_pipeline(rates(steps, **config), [FoldThresholds(), InsertNeurons()], CONTEXT)
 
 

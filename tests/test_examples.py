@@ -118,8 +118,8 @@ def test_quickstart(scripts, capsys):
 def test_custom_backend(scripts, capsys):
     runpy.run_path(str(scripts / "custom_backend.py"), run_name="__main__")
     fits, does_not = capsys.readouterr().out.splitlines()
-    assert fits == "ffn-only {'populations': 1, 'cores': 1}"
-    assert "does not fit: a core has one threshold" in does_not
+    assert fits == "output = current: {'populations': 4, 'cores': 4}"
+    assert does_not.startswith("output = spikes: does not fit: a core has one threshold")
 
 
 def test_custom_pass(scripts, capsys):

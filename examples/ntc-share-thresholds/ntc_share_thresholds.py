@@ -1,7 +1,8 @@
 r"""One threshold per population, as chips with one per core need.
 
 ``fold-thresholds`` makes every threshold 1 that stands behind a linear layer, exactly. What it cannot fold is the output
-neuron of spiking attention: a dynamic product has no stored weight. Such a population keeps one threshold per channel.
+neuron of spiking attention (``output = "spikes"``): a dynamic product has no stored weight. Such a population keeps one
+threshold per channel.
 
 Before::
 
@@ -103,9 +104,13 @@ def _share(program: Program, node: Node, theta: Tensor, options: Options) -> Non
     program.graph.erase_node(node)
 
 
+_SPIKES = recipe("neurtransformer").with_options("replace-attention", output="spikes")  # as it is, it has no output neuron
 NEURTRANSFORMER_SHARED = replace(
     # Anywhere before fold-thresholds, which takes the gains away.
-    recipe("neurtransformer").insert_before("fold-thresholds", Step(ShareThresholds.name)),
+    _SPIKES.insert_before("fold-thresholds", Step(ShareThresholds.name)),
     name="neurtransformer-shared",
-    summary="neurtransformer with one threshold per population.",
+    summary="neurtransformer with an output neuron behind its attention, and one threshold per population.",
+    source="NeurTransformer, arXiv 2510.00133",
+    spiking="Q, K, V, the attention products and their result; the FFN's hidden layer",
+    analog="embeddings, LayerNorm, residual stream, the inputs of the Q, K, V and first FFN projections, lm_head",
 )

@@ -18,7 +18,7 @@ NEURTRANSFORMER = Recipe(
     summary="Spiking self-attention in place of softmax attention, IF neurons in the FFN, thresholds folded to 1.",
     source="NeurTransformer, arXiv 2510.00133, with the attention that won the comparison in docs/results.md",
     spiking="Q, K, V and the attention products; the FFN's hidden layer",
-    analog="embeddings, LayerNorm, residual stream, the inputs of the Q, K, V, output and first FFN projections, lm_head",
+    analog="embeddings, LayerNorm, residual stream, inputs of the Q, K, V and first FFN projections, output projection, lm_head",
     steps=(
         Step("canonicalize"),
         Step("calibrate"),
@@ -34,7 +34,7 @@ SSA_ONLY = Recipe(
     summary="Spiking self-attention in every block, the FFN left analog: what attention conversion alone costs.",
     source="NeurTransformer, arXiv 2510.00133, step 1, with the attention that won the comparison in docs/results.md",
     spiking="Q, K, V and the attention products",
-    analog="the FFN, embeddings, LayerNorm, residual stream, the inputs of the Q, K, V and output projections, lm_head",
+    analog="the FFN, embeddings, LayerNorm, residual stream, inputs of the Q, K and V projections, output projection, lm_head",
     steps=(
         Step("canonicalize"), Step("calibrate"), Step("replace-attention", ATTENTION), Step("fold-thresholds"), Step("insert-neurons"),
     ),

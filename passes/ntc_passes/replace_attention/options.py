@@ -32,8 +32,7 @@ class Options:
             percentile of the activations is the current that fires at every step, for both.
         gain: The least-squares factor between spiking and softmax attention: one per ``channel`` or one per ``head``.
         output: ``spikes``: an output neuron, so that the output projection is driven by spikes; ``current``: the counts
-            are decoded and projected as an analog value. On the reference GPT-2 at T = 4 the two differ by 0.5 % in
-            perplexity before fine-tuning.
+            are decoded and projected as an analog value, which costs less quality (docs/results.md).
         output_percentile: Threshold of the output neuron.
         convert: Whether to convert at all: false, set for some modules in an override, leaves their softmax attention.
     """
