@@ -23,8 +23,10 @@ from ntc.ops import timed
 from ntc.program import Program
 from ntc_backends import netlist_schema as schema
 from ntc_backends.netlist_blob import tensor_table, write_blob
-from ntc_backends.netlist_lower import Lowered, lower
-from ntc_backends.netlist_reader import JSON_NAME, check_graph, load_netlist, to_networkx
+from ntc_backends.netlist_check import check_graph, check_shapes
+from ntc_backends.netlist_lower import lower
+from ntc_backends.netlist_makers import Lowered
+from ntc_backends.netlist_reader import JSON_NAME, load_netlist, to_networkx
 
 __all__ = ["NetlistBackend", "load_netlist", "netlist_text", "to_networkx"]
 
@@ -59,9 +61,10 @@ class NetlistBackend:
         table = tensor_table(lowered.tensors)
         # The tensors first: a netlist that is there always finds them.
         with _beside(folder / BLOB_NAME) as (partial, finish):
-            blob = write_blob(partial, lowered.tensors, table).model_copy(update={"file": BLOB_NAME})
+            blob = write_blob(partial, BLOB_NAME, lowered.tensors, table)
             netlist = _netlist(program, lowered, table, blob)
             check_graph(netlist)
+            check_shapes(netlist)
             finish()
         text = netlist_text(netlist).encode()
         with _beside(folder / JSON_NAME) as (partial, finish):
@@ -96,7 +99,7 @@ def _netlist(program: Program, lowered: Lowered, table: dict[str, schema.TensorE
         by_kind.setdefault(type(element), []).append(element)
     info = program.info
     source = next(n for n in program.graph.nodes if n.op == "placeholder")
-    logits = next(n for n in program.graph.nodes if n.op == "output").args[0]
+    logits = program.results[0]
     names = {source.name, *(e.name for e in lowered.elements)}
     populations: list[schema.Population] = by_kind[schema.Population]
     resets = {p.reset for p in populations}
@@ -112,7 +115,8 @@ def _netlist(program: Program, lowered: Lowered, table: dict[str, schema.TensorE
         history=[schema.PassName(name=record.name, sites=record.sites) for record in program.history],
         time=schema.Time(steps=program.steps, dt="step"),
         conventions=schema.Conventions(
-            comparison=">=", reset=resets.pop() if len(resets) == 1 else "mixed", rounding="float", codes=codes,
+            comparison=">=", reset=resets.pop() if len(resets) == 1 else "mixed", codes=codes,
+            rounding="integer" if any(p.start is not None for p in populations) else "float",
             weight_dtypes=sorted({table[p.weight].dtype for p in by_kind.get(schema.Projection, [])}), layout="T,B,L,C",
         ),
         input=schema.Source(name=source.name, ids=schema.Port(kind="index", dtype="int64", shape=["B", "L"])),

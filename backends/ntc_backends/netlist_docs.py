@@ -71,7 +71,8 @@ def _type(entry: dict[str, Any]) -> str:
         name = entry["$ref"].rpartition("/")[2]
         return _ARGUMENT if name == "Argument" else f"[{name}](#{name.lower()})"
     if "anyOf" in entry:
-        return " or ".join(_type(option) for option in entry["anyOf"])
+        kinds = list(dict.fromkeys(_type(option) for option in entry["anyOf"]))
+        return " or ".join(kind for kind in kinds if kind != "integer" or "number" not in kinds)
     if "const" in entry or "enum" in entry:
         return ", ".join(f"`{value}`" for value in entry.get("enum", [entry.get("const")]))
     if entry["type"] == "array":

@@ -7,6 +7,7 @@ describes each rule that it follows.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ Values = dict[str, Any]
 
 
 class Executor:
+    integer = False
+
     def __init__(self, folder: Path) -> None:
         self.net: dict[str, Any] = json.loads((folder / "netlist.json").read_text(encoding="utf-8"))
         stored = load_file(folder / self.net["blob"]["file"])
@@ -27,6 +30,7 @@ class Executor:
         for table in ("populations", "projections", "dynamic_products", "scales", "decodes", "host"):
             self.elements |= {element["name"]: (table, element) for element in self.net[table]}
         self.events: dict[str, Tensor] = {}
+        self.integer = self.net["conventions"]["rounding"] == "integer"
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, L, V] of token ids [B, L]; keeps the spikes of every population in ``events``."""
@@ -48,11 +52,17 @@ class Executor:
 
     def populations(self, element: dict[str, Any], current: Tensor) -> Tensor:
         theta, timed = self.number(element["threshold"]), element["input"] == "timed"
-        v = torch.zeros_like(current[0] if timed else current) + self.number(element["v0"]) * theta
+        if self.integer:
+            current, theta, start = current.long(), torch.as_tensor(theta), self.number(element["start"])
+        else:
+            start = self.number(element["v0"]) * theta
+        v = torch.zeros_like(current[0] if timed else current) + start
         tau, train = self.number(element["tau"]), []
         for t in range(element["steps"]):
             x = current[t] if timed else current
             u = v + x if element["model"] == "if" else v + (x - v) / tau
+            if self.integer and element["membrane_bits"]:
+                assert fits(u, element["membrane_bits"])
             s = (u >= theta).to(u.dtype)
             if element["signed"]:
                 s = s - (u < 0).to(u.dtype)
@@ -64,8 +74,14 @@ class Executor:
     def projections(self, element: dict[str, Any], pre: Tensor) -> Tensor:
         weight = self.tensors[element["weight"]]
         assert list(weight.shape) == element["shape"]
+        if self.integer:
+            pre, weight = pre.long(), weight.long()
         current = pre @ weight.T
-        return current if element["bias"] is None else current + self.tensors[element["bias"]]
+        current = current if element["bias"] is None else current + self.tensors[element["bias"]]
+        if self.integer:
+            assert fits(weight, element["weight_bits"])
+            assert element["accumulator_bits"] is None or fits(current, element["accumulator_bits"])
+        return current
 
     def dynamic_products(self, element: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         heads, kv_heads, d, dv = (element[k] for k in ("heads", "kv_heads", "head_size", "value_size"))
@@ -73,7 +89,9 @@ class Executor:
         q, k = query.view(steps, batch, length, heads, d), key.view(steps, batch, length, kv_heads, d)
         v = value.view(steps, batch, length, kv_heads, dv)
         memory = torch.zeros(batch, *element["state_shape"], dtype=query.dtype).transpose(0, 1)  # [T, B, Hk, D, Dv]
-        leak = 1.0 if element["leak"] is None else self.number(element["leak"])
+        if self.integer:
+            return self.lazy_product(element, q.long(), k.long(), v.long())
+        leak = 1.0 if element.get("leak") is None else self.number(element["leak"])
         if isinstance(leak, Tensor):  # per M, or per row of M
             leak = leak.view(kv_heads, -1, 1)
         counts = torch.zeros(steps, batch, length, heads, dv, dtype=query.dtype)
@@ -85,9 +103,32 @@ class Executor:
         assert element["max_count"] is None or counts.abs().max() <= element["max_count"]
         return counts.reshape(steps, batch, length, heads * dv)
 
+    def lazy_product(self, element: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Token by token, head by head; [T, B, L, heads, channels]."""
+        growth, shift = torch.atleast_2d(torch.as_tensor(self.number(element["growth"]))).long(), element["shift"]
+        growth = growth.expand(element["kv_heads"], -1)
+        period = growth.shape[1]
+        renewal = None if element["renewal"] is None else torch.as_tensor(self.number(element["renewal"])).long().expand(element["kv_heads"])
+        steps, batch, length, heads, _ = q.shape
+        memory = torch.zeros(steps, batch, *element["state_shape"][1:], dtype=torch.long)
+        counts = torch.zeros(steps, batch, length, heads, element["value_size"], dtype=torch.long)
+        for i in range(length):
+            r = i % period
+            for h in range(element["kv_heads"]):
+                if r == 0 and i > 0 and renewal is not None:
+                    memory[:, :, h] = shifted(memory[:, :, h] * renewal[h], shift)
+                memory[:, :, h] += growth[h, r] * k[:, :, i, h, :, None] * v[:, :, i, h, None, :]
+            for h in range(heads):
+                counts[:, :, i, h] = (q[:, :, i, h, :, None] * memory[:, :, h * element["kv_heads"] // heads]).sum(-2)
+            assert fits(memory, element["state_bits"])
+        assert fits(counts, element["count_bits"])
+        return counts.reshape(steps, batch, length, -1)
+
     def scales(self, element: dict[str, Any], train: Tensor, query: Tensor | None = None, key: Tensor | None = None) -> Tensor:
         if element["kind"] == "position":
             return train / torch.arange(1, train.shape[-2] + 1, dtype=train.dtype)[:, None]
+        if element["kind"] == "requantize":
+            return requantized(train, torch.as_tensor(self.number(element["multiplier"])), element["shift"], element["low"], element["high"])
         if element["kind"] == "constant":
             return train * self.number(element["factor"])
         heads = element["heads"]
@@ -127,6 +168,38 @@ class Executor:
         return {port: values[port] for port in element["outputs"]}
 
 
+def fits(x: Tensor, bits: int) -> bool:
+    return -(1 << bits - 1) <= int(x.min()) and int(x.max()) < 1 << bits - 1
+
+
+def shifted(x: Tensor, shift: int) -> Tensor:
+    """round(x / 2^shift), halves up, by floor division."""
+    return torch.div(x + 2 ** (shift - 1), 2**shift, rounding_mode="floor") if shift else x
+
+
+def requantized(x: Tensor, multiplier: Tensor, shift: int, low: int, high: int) -> Tensor:
+    if multiplier.dim() == 2:
+        multiplier = torch.stack([multiplier[i % len(multiplier)] for i in range(x.shape[-2])])
+    return shifted(x.long() * multiplier.long(), shift).clamp(low, high)
+
+
+def integer_norm(
+    x: Tensor, gain: Tensor, offset: Tensor, epsilon: int, guard: int, shift: int, low: int, high: int, centre: bool
+) -> Tensor:
+    """docs/integers.md in Python's own integers, element by element."""
+    rows = []
+    for row in x.reshape(-1, x.shape[-1]).tolist():
+        c = len(row)
+        mean = (sum(row) + c // 2) // c if centre else 0
+        d = [value - mean for value in row]
+        root = max(math.isqrt((sum(v * v for v in d) // c + epsilon) << 2 * guard), 1)
+        n = [((v << guard + 16) + root // 2) // root for v in d]
+        gains, offsets = (p.expand(c).tolist() for p in (gain, offset))
+        wide = [v * g + o for v, g, o in zip(n, gains, offsets, strict=True)]
+        rows.append([min(max((w + (1 << shift >> 1)) >> shift, low), high) for w in wide])
+    return torch.tensor(rows).view(x.shape)
+
+
 def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
@@ -154,5 +227,10 @@ OPS: dict[str, Any] = {
     "aten.add.Tensor": lambda self, other, alpha: self + alpha * other,
     "aten.mul.Tensor": lambda self, other: self * other,
     "ntc.attention.default": _attention,
+    "ntc.integer_norm.default": integer_norm,
+    "ntc.integer_linear.default": lambda x, weight, bias: x.long() @ weight.long().T + (0 if bias is None else bias.long()),
+    "ntc.requantize.default": requantized,
+    "ntc.integer_lookup.default": lambda x, table, low: table[x.long() - low],
+    "ntc.from_integer.default": lambda x, exponent: x.double() * 2.0**exponent,
 }
 
