@@ -182,16 +182,17 @@ def _linear(w: Writer, node: Node) -> Value:
     x, weight = a["x"], a["weight"]
     low, high = _interval(w, x).ends
     table = w.program.tensor(weight)
+    part = "" if a["bias"] is None else "product"
     if table.dtype != torch.int8 or high - min(low, 0) > 255:
-        product = _wide_product(w, node, x, weight)
+        product = _wide_product(w, node, x, weight, part)
     else:
-        zero = 128 if x.meta["val"].dtype == torch.int8 and low < 0 else max(-low, 0)
+        zero = max(-low, 0)
         left = _unsigned(w, x, zero)
         pair = (high + zero) * int(table.to(torch.int64).abs().topk(min(2, table.shape[1]), dim=1).values.sum(1).max())
         right = _weight(w, weight, halved=pair > _PAIR)
         if pair > _PAIR:
             left = _once(w, ("twice", left), lambda: w.call("Concat", [left, left], "twice", axis=-1))
-        product = w.call("MatMulInteger", [left, right, w.constant(zero, torch.uint8)], "product" if a["bias"] is not None else "")
+        product = w.call("MatMulInteger", [left, right, w.constant(zero, torch.uint8)], part)
     if a["bias"] is None:
         return product
     return w.call("Add", [product, w.operand(a["bias"], torch.int32, "bias")])
@@ -206,15 +207,14 @@ def _once(w: Writer, key: Any, make: Callable[[], str]) -> str:
 
 def _unsigned(w: Writer, x: Node, zero: int) -> str:
     """``x + zero`` as uint8, made once for all readers of x."""
-    name, byte = w.name_of(x), onnx_type(torch.uint8)
-    if x.meta["val"].dtype == torch.int8 and zero:  # the sign bit flipped
-        return _once(w, ("unsigned", x), lambda: w.call(
-            "BitwiseXor", [w.call("Cast", [name], "bits", to=byte), w.constant(128, torch.uint8)], "unsigned"
-        ))  # fmt: skip
-    return _once(w, ("unsigned", x), lambda: w.call(
-        "Cast", [w.call("Add", [w.operand(x, torch.int32, "wide"), w.constant(zero, torch.int32)], "raised") if zero else name], "unsigned",
-        to=byte,
-    ))  # fmt: skip
+
+    def make() -> str:
+        raised = w.name_of(x)
+        if zero:
+            raised = w.call("Add", [w.operand(x, torch.int32, "wide"), w.constant(zero, torch.int32)], "raised")
+        return w.call("Cast", [raised], "unsigned", to=onnx_type(torch.uint8))
+
+    return _once(w, ("unsigned", x), make)
 
 
 def _weight(w: Writer, weight: Node, *, halved: bool) -> str:
@@ -234,13 +234,13 @@ def _weight(w: Writer, weight: Node, *, halved: bool) -> str:
     return _once(w, ("halves" if halved else "transposed", weight), halves if halved else whole)
 
 
-def _wide_product(w: Writer, node: Node, x: Node, weight: Node) -> str:
+def _wide_product(w: Writer, node: Node, x: Node, weight: Node, part: str) -> str:
     """Operands of more than 8 bits: a product in floating point, exact below its limit."""
     most = _inside(w, node)["accumulator"]
     dtype = torch.float32 if most < SINGLE else torch.float64
     right = w.call("Transpose", [w.operand(weight, dtype, "weight")], "weight_t", perm=[1, 0])
     product = w.call("MatMul", [w.operand(x, dtype, "x"), right], "real")
-    return w.call("Cast", [product], "product", to=onnx_type(torch.int32))
+    return w.call("Cast", [product], part, to=onnx_type(torch.int32))
 
 
 @handles(ntc.from_integer.default)

@@ -11,6 +11,8 @@ else int64), so the bodies stand here and not with the ops. How they stay exact:
 - *round(d 2^p / r)*, many d for one r: ``floor(d rho + nu)`` with ``rho = 2^p / r`` and ``nu = 1/2 + 1/(4 r)``. Without rounding,
   ``d 2^p / r + 1/2`` is a multiple of ``1 / (2 r)``, so nu keeps it ``1 / (4 r)`` away from any integer: more than the roundings of
   rho, product and sum can do while ``|d| 2^p < 2^48``.
+
+No ``Min``, ``Max`` or ``Clip`` of int64: in ONNX Runtime up to 1.31 they compare wrongly on x86 beyond 2^31 (microsoft/onnxruntime#25280).
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ _ROOT = """
     is_reached = LessOrEqual(next_square, square)
     reached = Cast <to = 7> (is_reached)
     root_whole = Add(root_below, reached)
-    root = Max(root_whole, one)
+    is_nought = Less(root_whole, one)
+    root = Where(is_nought, one, root_whole)
 """
 
 _ENDS = """
@@ -81,7 +84,10 @@ _FLOOR_INT64 = """
     raised = Add(scaled, positive)
     quotient_raised = Div(raised, whole_int)
     rounded = Sub(quotient_raised, far_shifted)
-    clamped = Clip(rounded, least_int, most_int)
+    rounded_real = Cast <to = 11> (rounded)
+    least = Cast <to = 11> (least_int)
+    most = Cast <to = 11> (most_int)
+    clamped = Clip(rounded_real, least, most)
 """
 
 
@@ -218,19 +224,13 @@ def requantize(by_position: bool, real: bool, to: int) -> str:
 
 
 def lookup() -> str:
-    """``IntegerLookup``: entries are rotated so that a negative x, which ``Gather`` counts from the end, finds its own."""
+    """``IntegerLookup``."""
     return onnx_function("IntegerLookup", (), "low", "(x, table) => (y)", """
-    size_row = Shape(table)
-    size = Squeeze(size_row)
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
     low_value = Constant <value_int: int = @low> ()
-    places = Range(zero, size, one)
-    from_low = Sub(places, low_value)
-    turned = Mod(from_low, size)
-    rotated = Gather <axis = 0> (table, turned)
-    index = Cast <to = 6> (x)
-    y = Gather <axis = 0> (rotated, index)
+    first = Cast <to = 6> (low_value)
+    values = Cast <to = 6> (x)
+    index = Sub(values, first)
+    y = Gather <axis = 0> (table, index)
     """)  # fmt: skip
 
 

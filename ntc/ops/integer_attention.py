@@ -240,8 +240,8 @@ def _peak(weights: Sequence[int], renewal: int | None, shift: int, context: int)
     if renewal is None or (renewal == 1 << shift and not context):
         return sum(weights) * (context or 1 << 31), 0
     period, whole, half = len(weights), 1 << shift, (1 << shift) >> 1
-    if not context:  # M = M renewal / whole + 1/2 + sum of weights, rounded up
-        most = ((2 * sum(weights) + 1) * whole + 2 * (whole - renewal) - 1) // (2 * (whole - renewal))
+    if not context:  # the fixed point of M = M renewal / whole + 1/2 + sum of weights
+        most = (2 * sum(weights) + 1) * whole // (2 * (whole - renewal))
         return most, most
     peak, renewed = sum(weights[:context]), 0
     for done in range(period, context, period):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -90,18 +89,20 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
 
 
 def _bound(node: Node, context: int, x: Interval, weight: Tensor, bias: Tensor | None) -> Bound:
-    positive, negative = weight.clamp(min=0), weight.clamp(max=0)
     row = int(weight.to(torch.int64).abs().sum(1).max())
-    low = _products(positive, x.low, row) + _products(negative, x.high, row)
-    high = _products(positive, x.high, row) + _products(negative, x.low, row)
-    sums = Interval(low, high)
-    # Any order of the sum: a partial one can be larger than the whole.
-    partial = Interval(np.minimum(low, 0), np.maximum(high, 0))
+    sums = _sums(weight, x, row)
+    # In whatever order the sum is taken, a part of it is a sum in which other terms are 0.
+    partial = _sums(weight, x | Interval.of(0, 0), row)
+    if bias is not None:
+        sums = sums + Interval(integers(bias), integers(bias))
     remedy = "use fewer bits for weights or activations"
-    if bias is None:
-        return Bound(sums, (Inside.over("accumulator", partial, 32, remedy),))
-    sums = sums + Interval(integers(bias), integers(bias))
     return Bound(sums, (Inside.over("accumulator", partial | sums, 32, remedy),))
+
+
+def _sums(weight: Tensor, x: Interval, row: int) -> Interval:
+    positive, negative = weight.clamp(min=0), weight.clamp(max=0)
+    low = _products(positive, x.low, row) + _products(negative, x.high, row)
+    return Interval(low, _products(positive, x.high, row) + _products(negative, x.low, row))
 
 
 def _products(weight: Tensor, vector: Integers, row: int) -> Integers:

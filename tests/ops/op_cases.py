@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ntc.ops import SPECS, Counts, Operand
-from ntc.spike_type import ANALOG, Analog, CurrentType, Index, NodeType, RateType, SpikeType
+from ntc.spike_type import ANALOG, Analog, CurrentType, Index, Integer, NodeType, RateType, SpikeType, type_of_tensor
 
 torch.set_num_threads(1)
 
@@ -28,20 +28,23 @@ class Constant:
     """A ``get_attr`` argument of that shape."""
 
     shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
 
 
 def node_of(target: Any, *arguments: Any) -> tuple[Node, dict[Node, NodeType]]:
     """A node with one placeholder for each argument that is a type and one ``get_attr`` for each ``Constant``."""
     graph, types, args = Graph(), {}, []
     for i, argument in enumerate(arguments):
-        if isinstance(argument, Analog | CurrentType | Index | RateType | SpikeType):
+        if isinstance(argument, Analog | CurrentType | Index | Integer | RateType | SpikeType):
             node = graph.placeholder(f"x{i}")
             types[node] = argument
             is_timed = isinstance(argument, SpikeType | CurrentType)
-            node.meta["val"] = torch.zeros((argument.steps, 2, 3, 8) if is_timed else (2, 3, 8))
+            whole = isinstance(argument, Integer) or (is_timed and argument.code == "count")  # trains of the integer grade
+            node.meta["val"] = torch.zeros((argument.steps, 2, 3, 8) if is_timed else (2, 3, 8), dtype=torch.int32 if whole else None)
         elif isinstance(argument, Constant):
             node = graph.create_node("get_attr", f"c{i}")
-            types[node], node.meta["val"] = ANALOG, torch.zeros(argument.shape)
+            node.meta["val"] = torch.zeros(argument.shape, dtype=argument.dtype)
+            types[node] = type_of_tensor(node.meta["val"])
         else:
             node = argument
         args.append(node)

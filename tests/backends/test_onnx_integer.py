@@ -1,0 +1,230 @@
+"""ONNX Runtime gives the very integers of the program: every value of every node, not the logits alone."""
+
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from integer_programs import CHANNELS, CONTEXT, STEPS, VOCABULARY, Builder, block, integers, ntc, one_op
+
+from ntc.errors import BackendError
+from ntc.program import interpret
+from ntc_backends.onnx_aten import by_torch
+from ntc_backends.onnx_export import OnnxBackend, build
+from ntc_backends.onnx_integer import SINGLE, WHOLE
+from ntc_backends.onnx_writer import Writer, save
+
+ONE = torch.ones(1, dtype=torch.int32)
+
+
+def run_all(program, ids, folder):
+    """Values of every node in ONNX Runtime, by name; also the overloads of the functions that were chosen."""
+    writer = Writer(program, by_torch)
+    writer.run()
+    model = writer.model()
+    infos = {info.name: info for info in model.graph.value_info}
+    names = {node.name: value for node, value in writer.values.items() if isinstance(value, str) and value in infos}
+    wanted = list(dict.fromkeys(names.values()))
+    model.graph.output.extend(infos[name] for name in wanted if name != "logits")
+    save(model, writer.weights, Path(folder), 1 << 40)
+    onnx.checker.check_model(str(Path(folder) / "model.onnx"), full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    results = ["logits", *wanted]
+    got = dict(zip(results, map(torch.from_numpy, session.run(results, {"input_ids": ids.numpy()})), strict=True))
+    return {"logits": got["logits"], **{name: got[value] for name, value in names.items()}}, {f"{f.name}.{f.overload}" for f in model.functions}
+
+
+def check(program, folder, ids=None):
+    """All values agree; returns what was chosen."""
+    ids = program.example if ids is None else ids
+    got, chosen = run_all(program, ids, folder)
+    seen = []
+
+    def visit(node, args, value):
+        if node.name in got:
+            assert got[node.name].dtype == value.dtype, node.name
+            assert torch.equal(got[node.name], value), node.name
+            seen.append(node.name)
+
+    assert torch.equal(got["logits"], interpret(program, ids, visit))
+    assert len(seen) == len(got) - 1 > 0
+    return chosen
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"leak": False}, {"neuron": False, "signed": False}, {"centre": False, "kv_heads": 1}, {"leak": False, "signed": False, "kv_heads": 1},
+])  # fmt: skip
+def test_a_whole_block_is_the_same(options, tmp_path):
+    program = block(**options)
+    for length in (1, 3, 4, CONTEXT):
+        ids = torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(length))
+        chosen = check(program, tmp_path, ids)
+    words = "signed." if options.get("signed", True) else ""
+    assert f"IntegerFire.{words}count" in chosen  # of the feed-forward layer, where only counts are read
+    assert f"IntegerFire.{words}steps{STEPS}" in chosen
+
+
+def test_the_back_end_writes_checks_and_says_so(tmp_path):
+    report = OnnxBackend().emit(block(), tmp_path)
+    assert report["max_abs_logit_difference"] == 0
+    assert "all logits at 18 positions identical" in report["summary"]
+    model = onnx.load(tmp_path / "model.onnx")
+    neurons = {n.name: n for n in model.graph.node if n.op_type == "IntegerFire"}
+    assert sorted(neurons) == ["ffn", "k", "q", "ssa", "v"]
+    facts = {a.name: onnx.helper.get_attribute_value(a) for a in neurons["q"].attribute}
+    assert facts == {"steps": STEPS, "signed": 1, "timed": 0, "comparison": b">=", "reset": b"soft"}
+
+
+def test_a_file_that_differs_in_one_logit_is_refused(tmp_path, monkeypatch):
+    from ntc_backends import onnx_integer_functions
+
+    right = onnx_integer_functions.from_integer()
+    monkeypatch.setattr(onnx_integer_functions, "from_integer", lambda: right.replace("y = Mul(values, unit)", "z = Mul(values, unit)  y = Add(z, unit)"))
+    with pytest.raises(BackendError, match=r"computes with integers, so that nothing may differ: logits differ by up to 0\.0625"):
+        OnnxBackend().emit(block(), tmp_path)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- op by op, at extremes
+
+BITS = st.sampled_from([6, 12, 20, 24])
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**20), BITS, st.integers(0, 4), st.sampled_from([0, 1, 7]), st.booleans(), st.sampled_from([127, 2**15, 2**20]))
+def test_norms(tmp_path_factory, seed, bits, guard, epsilon, centre, limit):
+    table = integers(-(2**bits), 2**bits, VOCABULARY, CHANNELS, seed=seed)
+    table[0], table[1, 0] = 2**bits, -(2**bits)
+    gain, offset = integers(-(2**16), 2**16, CHANNELS, seed=seed), integers(-(2**22), 2**22, CHANNELS, seed=seed)
+    ids = torch.arange(VOCABULARY)[None]
+
+    def make(b, x):
+        return b.call(ntc.integer_norm.default, x, gain, offset, epsilon, guard, 20, -limit, limit - 1, centre)
+
+    check(one_op(make, table), tmp_path_factory.mktemp("norm"), ids)
+
+
+@pytest.mark.parametrize(("bits", "word"), [(12, "float64"), (28, "int64")])
+def test_norms_take_the_widest_arithmetic_only_where_they_need_it(bits, word, tmp_path):
+    table = integers(-(2**bits), 2**bits, VOCABULARY, CHANNELS)
+    program = one_op(lambda b, x: b.call(ntc.integer_norm.default, x, ONE * 9999, ONE, 1, 0, 20, -127, 127, True), table)
+    assert f"IntegerNorm.centre.{word}.int8" in check(program, tmp_path, torch.arange(VOCABULARY)[None])
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**20), st.sampled_from([4, 20, 31]), st.sampled_from([8, 20, 30]), st.integers(0, 61), st.sampled_from([0, 1, 4]))
+def test_rescaling(tmp_path_factory, seed, bits, places, shift, period):
+    """Both sides of 2**53, shifts from 0 to 61 (the product and its half stay below 2**62), one multiplier, one per channel, one row per position."""
+    top = 2**bits - 1
+    table = integers(-top, top, VOCABULARY, CHANNELS, seed=seed)
+    table[0, 0], table[0, 1] = top, -top
+    shape = {0: (1,), 1: (CHANNELS,), 4: (4, CHANNELS)}[period]
+    multiplier = integers(-(2**places) + 1, 2**places - 1, *shape, seed=seed + 1)
+    program = one_op(lambda b, x: b.call(ntc.requantize.default, x, multiplier, shift, -127, 127), table)
+    check(program, tmp_path_factory.mktemp("requantize"), torch.arange(VOCABULARY)[None])
+
+
+@pytest.mark.parametrize(("bits", "word"), [(20, "float64"), (31, "int64")])
+def test_rescaling_in_int64_only_beyond_2_to_53(bits, word, tmp_path):
+    table = integers(-(2**bits) + 1, 2**bits - 1, VOCABULARY, CHANNELS)
+    program = one_op(lambda b, x: b.call(ntc.requantize.default, x, ONE * (2**30 - 1), 30, -(2**31), 2**31 - 1, name="x"), table)
+    assert f"Requantize.{word}.int32" in check(program, tmp_path)
+
+
+@pytest.mark.parametrize("low", [-128, -20, 0, 3])
+def test_look_ups_from_any_low_end(low, tmp_path):
+    table = torch.arange(low, low + 13, dtype=torch.int32).unsqueeze(1).expand(13, CHANNELS).contiguous()
+    program = one_op(lambda b, x: b.call(ntc.integer_lookup.default, x, integers(-128, 127, 13, dtype=torch.int8), low), table)
+    check(program, tmp_path, torch.arange(13)[None])
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("steps", [1, 3, 16])
+@pytest.mark.parametrize("theta", [3, 2**15 + 1, 2**23 - 1, 2**29])
+def test_counts_on_both_sides_of_every_step(signed, steps, theta, tmp_path):
+    """Currents around each level of the staircase; thresholds that float32 cannot tell apart take the neuron itself."""
+    thresholds = torch.tensor([theta, max(theta - 1, 1), theta + 1, max(theta // 3, 1)], dtype=torch.int32)
+    start = thresholds // 2
+    level = torch.arange(-steps - 1, steps + 2).unsqueeze(1)
+    reached = -torch.div(start - level * thresholds, steps, rounding_mode="floor")
+    limit = (2**31 - 1 - 2**30) // steps  # the membrane has to fit
+    table = torch.cat([reached - 1, reached, reached + 1]).clamp(-limit, limit).to(torch.int32)
+
+    def make(b, x):
+        return b.call(ntc.decode.default, b.call(ntc.integer_fire.default, x, thresholds, start, steps, signed, False), "count")
+
+    chosen = check(one_op(make, table), tmp_path, torch.arange(len(table))[None])
+    counted = any(c.startswith("IntegerFire") and c.endswith("count") for c in chosen)
+    assert counted or theta >= 2**23 - 1
+    assert not counted or theta < 2**29
+
+
+KINDS = [  # (range of x, of weights, dtype of the weights, what stands for the product)
+    ((-127, 127), (-127, 127), torch.int8, "halves"), ((-63, 63), (-127, 127), torch.int8, "whole"), ((-127, 127), (-63, 63), torch.int8, "whole"),
+    ((0, 255), (-127, 127), torch.int8, "halves"), ((0, 16), (-127, 127), torch.int8, "whole"), ((-4, 4), (-127, 127), torch.int8, "whole"),
+    ((-128, 127), (-32767, 32767), torch.int16, "real"), ((-2000, 2000), (-127, 127), torch.int8, "real"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("x_range", "w_range", "dtype", "kind"), KINDS)
+@pytest.mark.parametrize("channels", [1, 7, 300])
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_layers(x_range, w_range, dtype, kind, channels, biased, tmp_path):
+    table = integers(*x_range, VOCABULARY, channels)
+    table[0], table[1] = x_range[1], x_range[0]
+    weight = integers(*w_range, 5, channels, dtype=dtype)
+    weight[0], weight[1] = w_range[1], w_range[0]
+    bias = integers(-(2**20), 2**20, 5) if biased else None
+    narrow = x_range[0] >= -128 and x_range[1] <= 127
+
+    def make(b, x):
+        if narrow:  # int8, as activations are
+            x = b.call(ntc.requantize.default, x, ONE, 0, *x_range)
+        return b.call(ntc.integer_linear.default, x, weight, bias, name="linear")
+
+    program = one_op(make, table)
+    check(program, tmp_path, torch.arange(VOCABULARY)[None])
+    model, _ = build(program)
+    product = {n.op_type for n in model.graph.node if n.name.startswith("linear")}
+    assert ("MatMul" in product) == (kind == "real")
+    assert ("Div" in product) == (kind == "halves" and channels > 1)
+
+
+def test_one_activation_is_made_unsigned_once_for_all_its_readers():
+    b = Builder(integers(-9, 9, VOCABULARY, CHANNELS))
+    x = b.call(ntc.requantize.default, b.embedded, ONE, 0, -9, 9)
+    weight = integers(-127, 127, CHANNELS, CHANNELS, dtype=torch.int8)
+    y = b.call(torch.ops.aten.add.Tensor, *(b.call(ntc.integer_linear.default, x, weight, None) for _ in range(2)))
+    model, _ = build(b.program(b.call(ntc.from_integer.default, y, 0)))
+    ops = [n.op_type for n in model.graph.node]
+    assert (ops.count("Cast"), ops.count("MatMulInteger")) == (2, 2)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**20), st.sampled_from([1, 2, 8]), st.sampled_from([4, 14, 24]), st.sampled_from([(1, 1), (2, 1), (2, 2)]), st.sampled_from([8, 30]))
+def test_attention(tmp_path_factory, seed, period, bits, heads, shift):
+    """Products in float32 and float64, renewals in float64 and int64, and shared heads."""
+    growth = integers(1, 2**bits, heads[1], period, seed=seed)
+    renewal = integers(0, int(0.9 * 2**shift), heads[1], seed=seed + 1)
+    b = Builder(integers(-100, 100, VOCABULARY, CHANNELS, seed=seed))
+
+    def train(n):
+        x = b.call(ntc.integer_linear.default, b.embedded, integers(-9, 9, CHANNELS // 2 * n, CHANNELS, seed=seed + n, dtype=torch.int8), None)
+        return b.call(ntc.integer_fire.default, x, ONE * 300, ONE * 100, 2, bool(seed % 2), False)
+
+    y = b.call(ntc.integer_attention.default, train(heads[0]), train(heads[1]), train(heads[1]), *heads, growth, renewal, shift, name="attention")
+    value = b.call(ntc.decode.default, b.call(ntc.requantize.default, y, ONE, 8, -(2**20), 2**20), "count")
+    program = b.program(b.call(ntc.from_integer.default, value, 0))
+    ids = torch.randint(0, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(seed))
+    check(program, tmp_path_factory.mktemp("attention"), ids)
+
+
+def test_the_limits_are_those_of_the_formats():
+    for limit, dtype in ((SINGLE, torch.float32), (WHOLE, torch.float64)):
+        assert int(torch.tensor(limit - 1, dtype=dtype)) == limit - 1
+        assert int(torch.tensor(limit + 1, dtype=dtype)) != limit + 1
