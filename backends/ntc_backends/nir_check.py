@@ -95,7 +95,7 @@ def _measure(
     for node in part.populations:
         other = seen[node.name] != found[node.name]
         first = other & same[..., None]  # not the consequences of what differed in front
-        explained = _explained(program, node, seen, first) if first.any() else 0
+        explained = _explained(program, node, seen, first) if exact(node, reading) and first.any() else 0
         unexplained = int(first.sum()) - explained
         if exact(node, reading) and unexplained:
             raise BackendError(
@@ -106,20 +106,40 @@ def _measure(
         differing += int(other.sum())
         by_rounding += explained
         same &= ~other.any(axis=(0, -1))
-    return Measured(
-        reading=reading, tokens=int(same.size), events=events, differing=differing, by_rounding=by_rounding,
-        largest_error=_largest_error(part, seen, found, same),
-    )  # fmt: skip
-
-
-def _largest_error(part: Part, seen: dict[str, Array], found: dict[str, Array], same: Array) -> float | None:
-    """Of the currents that leave, in tokens whose spikes are the same; relative to the largest current."""
     worst: float | None = None
-    for node in part.outputs:
-        if node not in part.forms and same.any():
+    for node in part.outputs if same.any() else ():
+        if node not in part.forms:
             expected, got = seen[node.name][:, same], found[node.name][:, same]
-            worst = max(worst or 0.0, float(np.abs(expected - got).max() / max(float(np.abs(expected).max()), 1e-30)))
-    return worst
+            error, limit = float(np.abs(expected - got).max()), _rounding_of(program, node, seen)
+            if error > limit:
+                raise BackendError(
+                    f"currents in the NIR file of {part.name} are off by {error:.3g}, and rounding explains {limit:.3g}: {where(node)}"
+                )
+            worst = max(worst or 0.0, error / max(float(np.abs(expected).max()), 1e-30))
+    return Measured(
+        reading=reading, tokens=int(same.size), events=events, differing=differing, by_rounding=by_rounding, largest_error=worst
+    )
+
+
+def _rounding_of(program: Program, node: Node, seen: dict[str, Array]) -> float:
+    """What the order of the sums can move a current of layers behind neurons, at most."""
+    constants = [numpy_of(program.tensor(a)) for a in node.all_input_nodes if a.op == "get_attr"]
+    unit = float(np.finfo(np.result_type(np.float32, *constants)).eps) / 2
+    size, terms = _largest_terms(program, node, seen)
+    return 2 * unit * (terms + 4) * size
+
+
+def _largest_terms(program: Program, node: Node, seen: dict[str, Array]) -> tuple[float, int]:
+    """Largest sum of magnitudes that makes up a value, and how many terms it has."""
+    before = source_of_part(node)
+    if is_scale(node):
+        size, terms = (float(np.abs(seen[before.name]).max()), 1) if before.name in seen else _largest_terms(program, before, seen)
+        factor = full(program, next(a for a in node.args if a is not before), int(node.meta["val"].shape[-1]))
+        return size * float(np.abs(factor).max()), terms + 1
+    given = arguments(node)
+    weight, bias = np.abs(numpy_of(program.tensor(given["weight"]))), given["bias"]
+    most = float(weight.sum(axis=1).max()) * float(np.abs(seen[before.name]).max())
+    return most + (0.0 if bias is None else float(np.abs(numpy_of(program.tensor(bias))).max())), weight.shape[1]
 
 
 def _explained(program: Program, node: Node, seen: dict[str, Array], other: Array) -> int:

@@ -1,7 +1,7 @@
 """NIR files on disk: written so that the same graph gives the same bytes, for the version of the nir package that shall read them.
 
 ``nir.write`` compresses (ten times slower, and weights do not get smaller) and writes the version that is installed. Here weights stay
-as they are, no time is stored, and for ``compat`` = 1.0.4 the datasets that this version does not know are left out.
+as they are, no time is stored, and for ``compat`` = 1.0.4 the fields that this version does not know are left out.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from ntc.errors import ArtifactError
 
 __all__ = ["UNKNOWN_TO", "digest_of", "read_file", "write_file"]
 
-UNKNOWN_TO = {"1.0.6": frozenset[str](), "1.0.4": frozenset({"v_reset"})}
-"""Parameters that a version of the package refuses to read."""
+UNKNOWN_TO = {
+    "1.0.6": frozenset[tuple[str, str]](),
+    "1.0.4": frozenset({("IF", "v_reset"), ("LIF", "v_reset"), ("Scale", "metadata")}),
+}  # fmt: skip
+"""Fields of primitives that a version of the package refuses to read."""
 
 
 def write_file(path: Path, graph: Any, compat: str) -> str:
@@ -37,9 +40,9 @@ def write_file(path: Path, graph: Any, compat: str) -> str:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _write(group: Any, values: dict[str, Any], unknown: frozenset[str]) -> None:
+def _write(group: Any, values: dict[str, Any], unknown: frozenset[tuple[str, str]]) -> None:
     for name, value in values.items():
-        if name in unknown or (name == "metadata" and not value):
+        if (values.get("type"), name) in unknown or (name == "metadata" and not value):
             continue
         if isinstance(value, dict):
             _write(group.create_group(name), value, unknown)

@@ -144,16 +144,20 @@ class _Pen:
             back = -theta * (neuron.tau - 1)
         v = self._put(node, membrane, "membrane", (entry,))
         fires = loop_threshold(neuron)
+        ways: tuple[tuple[str, str, Array], ...]
         if neuron.signed:
+            # Two ways back, and the sum outside of the loop: nirtorch delays one of two edges into any node of a loop.
             up = self._put(node, nir.Threshold(threshold=fires), "up", (v,))
             flipped = self._put(node, nir.Scale(scale=-one), "flipped", (v,))
             down = self._put(node, nir.Threshold(threshold=neuron.start), "down", (flipped,))
             negative = self._put(node, nir.Scale(scale=-one), "negative", (down,))
+            ways = ((up, "reset_up", back), (down, "reset_down", -back))
             spikes = self._put(node, nir.Scale(scale=one.copy()), "spikes", (up, negative))
         else:
             spikes = self._put(node, nir.Threshold(threshold=fires), "spikes", (v,))
-        reset = self._put(node, nir.Scale(scale=back), "reset", (spikes,))
-        self.drawn.edges.append((reset, v))
+            ways = ((spikes, "reset", back),)
+        for source, suffix, weight in ways:
+            self.drawn.edges.append((self._put(node, nir.Scale(scale=weight), suffix, (source,)), v))
         return spikes
 
     def _pair(self, node: Node, neuron: Neuron) -> str:

@@ -113,7 +113,8 @@ class Measured(_Model):
         tokens: Tokens that were run.
         events: Spikes of the program's neurons.
         differing: Steps at which a neuron of the file fires and that of the program does not, or the other way round.
-        by_rounding: How many of them lie at a threshold, within what the order of floating-point sums can move.
+        by_rounding: Of populations that are exact, how many of them lie at a threshold, within what the order of floating-point sums
+            can move; the rest of these would be a mistake, and the export fails.
         largest_error: Largest difference of an output that is a current, relative to the largest current.
     """
 

@@ -13,7 +13,7 @@ towards minus infinity: no number lies between them. Exact for every u.
                                                     Scale(-theta) from s back to I, one step late
 
 Threshold and reset are two nodes here, so v0 needs no input of its own. Ternary: a second Threshold on ``-w`` at ``v0 theta``, as
-``u < 0`` is ``-w > v0 theta`` (strict on both sides); the difference of the two goes back. Leaky (LI, ``tau v' = v_leak - v + x``): the
+``u < 0`` is ``-w > v0 theta`` (strict on both sides); what both fire goes back. Leaky (LI, ``tau v' = v_leak - v + x``): the
 state begins at 0 and leaks towards ``v_leak = -v0 theta``, and what comes back is ``-theta (tau - 1) s``, of which the leak leaves
 ``-theta (1 - 1/tau) s``: what is left of the subtraction after one step.
 

@@ -106,13 +106,13 @@ def plan(program: Program, options: NirOptions) -> Plan:
         BackendError: If it holds no neurons, or firing rates where neurons should be.
     """
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+    if not any(is_population(n) or isinstance(n.meta.get(TYPE), RateType) for n in nodes):
+        raise BackendError("the program holds no neurons that NIR could say: compile it first")
     for node in nodes:
         if TYPE not in node.meta or "val" not in node.meta:
             raise BackendError(f"{where(node)} has no type or shape: verify the program before you export it")
         if isinstance(node.meta[TYPE], RateType):
             raise BackendError(f"NIR holds neurons, and {where(node)} is a firing rate: run insert-neurons first")
-    if not any(is_population(n) for n in nodes):
-        raise BackendError("the program holds no neurons that NIR could say: compile it first")
     result = Plan()
     root: dict[Node, Node] = {}
     forms: dict[Node, Form] = {}

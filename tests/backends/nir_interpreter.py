@@ -47,7 +47,9 @@ class Interpreter:
     def _value(self, name: str, now: dict[str, Array], last: dict[str, Array]) -> Array | None:
         if name not in now:
             arriving = [
-                last.get(a) if self._integrates(name) and self._leads(name, a) else self._value(a, now, last) for a, b in self.edges if b == name
+                last.get(a) if self._integrates(name) and self._leads(name, a) else self._value(a, now, last)
+                for a, b in self.edges
+                if b == name
             ]
             now[name] = self._apply(name, sum(x for x in arriving if x is not None))
         return now[name]

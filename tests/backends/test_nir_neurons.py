@@ -125,7 +125,7 @@ def test_if_nodes_by_their_own_definition_are_other_neurons_and_say_so(tmp_path:
     assert labels["first"] == "approximate"
     # What the index says was measured is what the interpreter finds.
     front = next(f for f in index.files if f.name == "front")
-    assert [(m.reading, m.differing) for m in front.measured][0] == ("definition", found["first"])
+    assert (front.measured[0].reading, front.measured[0].differing) == ("definition", found["first"])
     if reset == "annotate":
         assert (front.measured[1].reading, front.measured[1].differing) == ("subtract", 0)
 
@@ -179,13 +179,15 @@ def test_thresholds_of_integers_lie_between_two_of_them(tmp_path: Path) -> None:
     theta, start = program.tensor("first_1").numpy(), program.tensor("first_2").numpy()
     np.testing.assert_array_equal(nodes["first_up"]["threshold"], theta - start - 0.5)
     np.testing.assert_array_equal(nodes["first_down"]["threshold"], start)
-    np.testing.assert_array_equal(nodes["first_reset"]["scale"], -theta)
+    np.testing.assert_array_equal(nodes["first_reset_up"]["scale"], -theta)
+    np.testing.assert_array_equal(nodes["first_reset_down"]["scale"], theta)
     assert index.files[0].populations[0].v0 is None
 
 
 def test_the_interpreter_follows_definitions(tmp_path: Path) -> None:
     """Its LIF against the closed form v(t) = x (1 - (1 - 1/tau)**t), its IF by hand."""
     import nir
+
     from ntc_backends.nir_files import write_file
 
     def run(node: object, x: float, steps: int) -> Array:
