@@ -73,8 +73,8 @@ class Training:
         config = self.config
         if procedure == BOTH:
             return config
-        total = (config.max_tokens or 0) + config.blockwise_tokens
-        whole = replace(config, max_tokens=total, blockwise_tokens=0, blockwise_lr=None)
+        total = (config.max_tokens or 0) + (config.blockwise_tokens or 0)
+        whole = replace(config, max_tokens=total, blockwise_tokens=0)
         if procedure == HIDDEN:
             return replace(whole, kl=0.0, hidden=1.0)
         return whole.for_baseline() if procedure == ORIGINAL else whole
@@ -83,8 +83,6 @@ class Training:
         """What the result of a procedure depends on, with values where the configuration leaves them open."""
         config = self.by(procedure)
         options = {**config.to_json(), "rate": config.rate_weight}
-        if config.blockwise_tokens:
-            options["blockwise_lr"] = config.for_blockwise().lr
         return {"procedure": procedure, **self.hashes, "config": {k: v for k, v in options.items() if k not in FREE}}
 
     def run(self, procedure: str, start: Program, convert: Convert, place: Path) -> Finetuned:

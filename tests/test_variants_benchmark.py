@@ -71,7 +71,7 @@ def test_rows_depend_on_what_results_depend_on(procedures):
     assert training(procedures, save_every=7, log_every=3).about(procedures.BOTH) == about
     for option in ({"lr": 2e-3}, {"seed": 1}, {"group": "ssa"}, {"blockwise_lr": 2.5e-3}):
         assert training(procedures, **option).about(procedures.BOTH) != about, option
-    assert training(procedures, blockwise_lr=2e-3).about(procedures.BOTH) == about, "twice lr is what it is without"
+    assert training(procedures, blockwise_lr=2e-3).about(procedures.BOTH) == about, "which it is without"
     assert procedures.Training("text.txt", None, training(procedures).config, canonical(), None, {"text": "c"}).about(procedures.BOTH) != about
 
 

@@ -42,7 +42,7 @@ def finetune(
         list[str], typer.Option(help="Training text: file, folder, glob or hub data set; may be given more than once.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be empty, or see --overwrite.", show_default=False)],
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens to train on (default: one million).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens to train on end to end (default: one million).")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Minutes to train for, instead.")] = None,
     group: Annotated[str, typer.Option(help="ssa, thresholds, ffn or all.", rich_help_panel=_WHAT)] = "all",
     surrogate: Annotated[
@@ -58,11 +58,14 @@ def finetune(
     rows: Annotated[int | None, typer.Option(help="Windows per step, over all processes.", rich_help_panel=_HOW)] = None,
     accumulate: Annotated[int | None, typer.Option(help="Pieces that a step is run in; takes less memory.", rich_help_panel=_HOW)] = None,
     blockwise_tokens: Annotated[
-        int | None, typer.Option(help="First fit every layer to the original's by itself, on so many tokens.", rich_help_panel=_HOW)
+        int | None,
+        typer.Option(
+            help="First fit every layer to the original's by itself, on so many tokens (default: as many as --max-tokens, or half of "
+            "--max-minutes).",
+            rich_help_panel=_HOW,
+        ),
     ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens per window (default: the context, at most 256).", rich_help_panel=_HOW)
-    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window (default: the context, at most 256).", rich_help_panel=_HOW)] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of the text.", rich_help_panel=_HOW)] = None,
     compile: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile (default: if it pays).", rich_help_panel=_HOW)

@@ -36,8 +36,9 @@ class TrainingConfig:
         max_minutes: Time to train for, everything but reading the text included. It becomes a number of steps as soon as
             the speed is known, and is a limit besides.
         blockwise_tokens: Tokens on which every attention and FFN is fitted to the original's by itself, before training end to end
-            on further ones (``ntc.training.blockwise``).
-        blockwise_lr: Peak learning rate of that [default: twice ``lr``].
+            on further ones (``ntc.training.blockwise``); 0 = end to end only [default: as many as end to end, or half of the
+            minutes; 0 if no loss compares with the original, or nothing that is trained belongs to a layer with neurons].
+        blockwise_lr: Peak learning rate of that.
         window: Tokens per window [default: the context of the model, at most 256].
         rows: Windows per step, over all processes and pieces.
         accumulate: Pieces that the windows of a step are run in, one after another; takes less memory, same gradient.
@@ -70,12 +71,12 @@ class TrainingConfig:
     group: str = "all"
     max_tokens: int | None = None
     max_minutes: float | None = None
-    blockwise_tokens: int = 0
-    blockwise_lr: float | None = None
+    blockwise_tokens: int | None = None
+    blockwise_lr: float = 2e-3
     window: int | None = None
-    rows: int = 16
+    rows: int = 8
     accumulate: int = 1
-    lr: float = 1e-3
+    lr: float = 3e-4
     neuron_lr: float | None = None
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -184,19 +185,25 @@ class TrainingConfig:
         """Steps for ``max_tokens``, at least one; None if the time decides."""
         return None if self.max_tokens is None else max(1, round(self.max_tokens / self.step_tokens))
 
+    def planned_steps(self) -> int | None:
+        """Steps of both stages together, for ``max_tokens``; None if the time decides."""
+        steps = self.steps()
+        if steps is None or not self.blockwise_tokens:
+            return steps
+        return steps + (self.for_blockwise().steps() or 0)
+
     def for_blockwise(self) -> TrainingConfig:
         """How the layers are fitted one by one, before the rest."""
-        lr = 2 * self.lr if self.blockwise_lr is None else self.blockwise_lr
-        return replace(
-            self, max_tokens=self.blockwise_tokens, max_minutes=None, blockwise_tokens=0, blockwise_lr=None, lr=lr, ce=0.0, kl=0.0,
-            hidden=1.0, patience=None,
-        )  # fmt: skip
+        minutes = self.max_minutes / 2 if self.max_minutes is not None and self.blockwise_tokens is None else None
+        tokens = self.max_tokens if self.blockwise_tokens is None else self.blockwise_tokens
+        only = {"ce": 0.0, "kl": 0.0, "hidden": 1.0}
+        return replace(self, max_tokens=tokens, max_minutes=minutes, blockwise_tokens=0, lr=self.blockwise_lr, patience=None, **only)
 
     def for_baseline(self, lr: float | None = None) -> TrainingConfig:
         """How the original network is trained on the same windows: cross entropy alone, without neurons."""
         return replace(
             self, lr=self.lr if lr is None else lr, neuron_lr=None, ce=1.0, kl=0.0, hidden=0.0, rate=None, target_rate=None,
-            surrogate=None, surrogate_width=None, checkpointing=False, patience=None, blockwise_tokens=0, blockwise_lr=None,
+            surrogate=None, surrogate_width=None, checkpointing=False, patience=None, blockwise_tokens=0,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:

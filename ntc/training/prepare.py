@@ -71,7 +71,8 @@ def decided(config: TrainingConfig, program: Program, world: int) -> TrainingCon
         bf16 = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     if compile is None:
         size = sum(t.numel() for t in program.tensors.values()) / max(1, len(block_outputs(program)))
-        is_long = (config.max_minutes or 0) >= _COMPILE_MINUTES or (config.max_tokens or 0) / world * size >= _COMPILE_WORK
+        tokens = (config.max_tokens or 0) + (config.blockwise_tokens or 0)
+        is_long = (config.max_minutes or 0) >= _COMPILE_MINUTES or tokens / world * size >= _COMPILE_WORK
         compile = is_long and shutil.which(os.environ.get("CXX", "g++")) is not None
     return replace(config, bf16=bf16, compile=compile)
 

@@ -90,7 +90,7 @@ def load_baseline(folder: Path, corpus: Corpus, config: TrainingConfig) -> Progr
     differing = [f"{k} = {options.get(k)} (now {now[k]})" for k in _WINDOWS if options.get(k) != now[k]]
     if figures["data_sha256"] != corpus.sha256:
         differing.append("another training text")
-    planned = config.steps()
+    planned = config.planned_steps()
     if planned is not None and figures["planned_steps"] != planned:
         differing.append(f"{figures['planned_steps']} steps (now {planned})")
     if differing:

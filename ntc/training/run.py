@@ -16,7 +16,7 @@ from ntc.errors import ConfigError, TrainingError
 from ntc.frontend import load_tokenizer
 from ntc.program import Program
 from ntc.text import Tokens
-from ntc.training.blockwise import BlockwiseObjective, fitted_tensors
+from ntc.training.blockwise import BlockwiseObjective, fitted_tensors, with_first_stage
 from ntc.training.checkpoint import WorkFolder, locked, plain_row
 from ntc.training.config import TrainingConfig
 from ntc.training.corpus import Corpus
@@ -166,12 +166,12 @@ def finetune(
         program, data, tokenizer, config, validation, streaming=streaming, news=news, text_field=text_field, split=split,
         cache_dir=cache_dir,
     )  # fmt: skip
-    copied = None if baseline_from is None else load_baseline(Path(baseline_from), corpus, config)
     original = None
     if config.needs_teacher:
         original = network_from(source_of(program, "a teacher, or weigh kl and hidden 0") if teacher is None else teacher)
+    config = decided(with_first_stage(config, program, original, names), program, accelerator.num_processes)
+    copied = None if baseline_from is None else load_baseline(Path(baseline_from), corpus, config)
     untuned = _network_of_baseline(program, original, baseline) if baseline else None
-    config = decided(config, program, accelerator.num_processes)
     if config.compile:
         torch.compiler.reset()  # torch compiles a function for eight networks per process and would run the ninth uncompiled
     beginning = corpus.state_dict()
@@ -182,7 +182,7 @@ def finetune(
         ann = validate(known, held_out).perplexity if known is not None and accelerator.is_main_process else None
         blockwise = None
         start = program
-        if config.blockwise_tokens:
+        if config.blockwise_tokens != 0:
             assert original is not None
             blockwise = _blockwise(program, original, names, corpus, held_out, config, common, accelerator, place, news)
             start = blockwise.program

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from ntc.errors import ConfigError
 from ntc.pipeline import run_pipeline
 from ntc.text import tokens_from
-from ntc.training.blockwise import BlockwiseObjective, fitted_tensors, layer_loss
+from ntc.training.blockwise import BlockwiseObjective, fitted_tensors, layer_loss, with_first_stage
+from ntc.training.config import TrainingConfig
 from ntc.training.form import TrainingForm
 from ntc.training.run import finetune
 from ntc.training.validation import validate
@@ -54,6 +55,18 @@ def test_blockwise_stage_brings_layers_nearer_and_is_part_of_the_run(tmp_path):
     assert found.blockwise is not None
     assert validate(found.blockwise, tokens_held_out).perplexity == pytest.approx(between)
     assert validate(found.program, tokens_held_out).perplexity == pytest.approx(found.outcome.after["valid_perplexity"])
+
+
+def test_the_stage_is_there_by_default_where_it_is_possible():
+    program, names = without_ties(), without_ties().tensors
+    left_open = TrainingConfig(window=WINDOW, max_tokens=960)
+    assert with_first_stage(left_open, program, canonical(), names).blockwise_tokens == 960
+    assert with_first_stage(TrainingConfig(window=WINDOW, max_tokens=960, blockwise_tokens=0), program, canonical(), names).blockwise_tokens == 0
+    for teacher, trained in ((None, names), (canonical(n_layer=1), names), (canonical(), ["transformer.wte.weight"])):
+        assert with_first_stage(left_open, program, teacher, trained).blockwise_tokens == 0
+    assert with_first_stage(left_open, canonical(), canonical(), names).blockwise_tokens == 0  # no neurons
+    timed = with_first_stage(TrainingConfig(window=WINDOW, max_minutes=3), program, canonical(), names)
+    assert (timed.blockwise_tokens, timed.for_blockwise().max_minutes, timed.for_blockwise().max_tokens) == (None, 1.5, None)
 
 
 def test_layers_have_to_be_the_same():

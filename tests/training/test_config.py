@@ -70,6 +70,9 @@ def test_window_and_budget_come_from_the_model() -> None:
 
 
 def test_steps_come_from_tokens() -> None:
+    both = TrainingConfig(rows=8, window=256, max_tokens=1_500_000, blockwise_tokens=2_500_000)
+    assert (both.steps(), both.for_blockwise().steps(), both.planned_steps()) == (732, 1221, 1953)
+    assert TrainingConfig(window=256, max_minutes=2.0).planned_steps() is None
     config = TrainingConfig(rows=16, window=256, max_tokens=1_000_000)
     assert config.steps() == 244
     assert TrainingConfig(rows=16, window=256, max_tokens=1).steps() == 1

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (REFERENCE / "config.json
 
 def command(folder: Path, out: Path) -> list[object]:
     return [
-        "finetune", folder, "--data", REFERENCE / "calibration.txt", "-o", out, "--window", 64, "--rows", 2, "--max-tokens", 128 * STEPS,
+        "finetune", folder, "--data", REFERENCE / "calibration.txt", "-o", out, "--window", 64, "--rows", 2, "--max-tokens", 128 * STEPS, "--blockwise-tokens", 0,
         "--save-every", SAVE_EVERY, "--validate-every", 40, "--validation-windows", 4, "--set", "log_every=1", "--no-compile", "--baseline",
     ]  # fmt: skip
 

@@ -29,7 +29,9 @@ TOKENS = 8 * 24 * 12
 
 
 def config(**options: Any) -> TrainingConfig:
-    return TrainingConfig(**{"rows": 8, "max_tokens": TOKENS, "warmup": 2, "validate_every": 6, "log_every": 2, "bf16": False, **options})
+    return TrainingConfig(**{
+        "rows": 8, "max_tokens": TOKENS, "blockwise_tokens": 0, "warmup": 2, "validate_every": 6, "log_every": 2, "bf16": False, **options,
+    })  # fmt: skip
 
 
 @pytest.fixture(scope="module")

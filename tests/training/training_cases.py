@@ -57,7 +57,7 @@ def validation(windows: int = 6) -> Tokens:
 def config(**options: Any) -> TrainingConfig:
     """Four windows per step, twelve steps, everything measured often."""
     given = {
-        "rows": 4, "max_tokens": 4 * WINDOW * 12, "window": WINDOW, "lr": 3e-3, "warmup": 2, "validate_every": 4, "save_every": 3,
+        "rows": 4, "max_tokens": 4 * WINDOW * 12, "blockwise_tokens": 0, "window": WINDOW, "lr": 3e-3, "warmup": 2, "validate_every": 4, "save_every": 3,
         "log_every": 1, "compile": False, "bf16": False, **options,
     }  # fmt: skip
     return TrainingConfig(**given)
