@@ -172,6 +172,40 @@ def test_integers_are_the_same_on_every_executor(seed: int, steps: int, signed: 
         assert {n.fidelity for n in index.nodes if n.file} == {"exact"}
 
 
+@pytest.mark.parametrize(("high", "dtype"), [(5000, "float32"), (3_000_000, "float64")])
+@pytest.mark.parametrize("compat", ["1.0.6", "1.0.4"])
+def test_integers_that_differ_from_step_to_step(tmp_path: Path, high: int, dtype: str, compat: str) -> None:
+    """Output neurons of spiking attention: a current of either sign per step, in the range of the requantization in front."""
+    g = torch.Generator().manual_seed(2)
+    toy = Toy(torch.randint(-100, 101, (60, 8), generator=g, dtype=torch.int8))
+    x, one = toy.last, torch.ones(1, 1, dtype=torch.int32)
+    trains_ = [
+        toy(
+            INTEGER,
+            x,
+            torch.randint(60, 200, (8,), generator=g, dtype=torch.int32),
+            torch.full((1,), 30, dtype=torch.int32),
+            6,
+            True,
+            False,
+            name=n,
+        )
+        for n in "qkv"
+    ]
+    counts = toy(torch.ops.ntc.integer_attention.default, *trains_, 2, 2, one, None, 0, name="counts")
+    factor = torch.randint(high // 40, high // 20, (8,), generator=g, dtype=torch.int32)
+    current = toy(torch.ops.ntc.requantize.default, counts, factor, 0, -high, high, name="current")
+    theta = torch.randint(high // 4, high, (8,), generator=g, dtype=torch.int32)
+    spikes = toy(INTEGER, current, theta, theta // 2, 6, True, True, name="out")
+    toy(torch.ops.ntc.from_integer.default, toy(torch.ops.ntc.decode.default, spikes, "count", name="decoded"), 0, name="logits")
+    program = toy.done()
+    index = emitted(program, tmp_path, compat=compat)
+    assert differing(program, tmp_path, index) == {"q": 0, "k": 0, "v": 0, "out": 0}
+    out = trains(program)["out"]
+    assert {-1, 0, 1} == set(out.flatten().tolist())
+    assert next(f.dtype for f in index.files if f.name == "out") == dtype
+
+
 def test_thresholds_of_integers_lie_between_two_of_them(tmp_path: Path) -> None:
     program = integer_toy(0, 4, True, wide=False)
     index = emitted(program, tmp_path)

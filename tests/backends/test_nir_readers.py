@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -159,6 +160,17 @@ def test_nirtorch_2_6_needs_a_rule_for_affine(tmp_path: Path) -> None:
     assert (by_nirtorch(tmp_path / "nir" / "fc.nir", index, values["x"], without) != values["proj"]).any()
 
 
+def test_code_of_the_documents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nirtorch", reason="pip install nirtorch")
+    (tmp_path / "DIR").mkdir()
+    emitted(block(False), tmp_path / "DIR")
+    text = (Path(__file__).parents[2] / "docs" / "nir.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code) == 2
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(code), "docs/nir.md", "exec"), {"__name__": "docs"})
+
+
 # ------------------------------------------------------------------------------------------------ snnTorch
 
 
@@ -190,7 +202,7 @@ def test_snntorch_1_0_reads_if_as_a_leaky_neuron(tmp_path: Path) -> None:
 
 
 def test_snntorch_reads_a_soft_lif_as_one_that_resets_to_zero(tmp_path: Path) -> None:
-    """Metadata say soft, and its reader does not look."""
+    """Metadata say soft, and its reader does not look; nor does it look at the length of a step."""
     made = Toy(torch.tensor([[1.0, -0.5], [0.25, 2.0]]))
     current = made(aten.linear.default, made.last, torch.tensor([[0.5, 0.25], [-0.5, 1.0]]), torch.zeros(2), name="fc")
     one = torch.ones(1)
@@ -200,3 +212,4 @@ def test_snntorch_reads_a_soft_lif_as_one_that_resets_to_zero(tmp_path: Path) ->
     assert index.files[0].populations[0].reset == "soft"
     cell = snntorch_import(tmp_path / "nir" / "fc.nir").get_submodule("act")
     assert cell._reset_mechanism == "zero"
+    assert float(cell.beta.max()) == pytest.approx(1 - 1e-4 / 2)  # its step is 1e-4 of NIR's time: tau = 2 steps became 20,000
