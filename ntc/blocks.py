@@ -17,7 +17,7 @@ from torch.fx import Node
 from ntc.meta import TYPE, block_of
 from ntc.ops import aten, spec_of
 from ntc.program import Program
-from ntc.spike_type import ANALOG, Analog
+from ntc.spike_type import ANALOG, Analog, Integer
 
 __all__ = ["LayerOutput", "Place", "block_outputs", "layer_outputs"]
 
@@ -77,11 +77,11 @@ def layer_outputs(program: Program) -> tuple[LayerOutput, ...]:
 
 
 def _is_activation(node: Node) -> bool:
-    """Whether a node computes an analog value with batch, position and channel."""
-    value = node.meta.get("val")
+    """Whether a node computes an analog value, or one of the integer grade, with batch, position and channel."""
+    value, kind = node.meta.get("val"), node.meta.get(TYPE, ANALOG)
     return (
-        node.op == "call_function" and isinstance(node.meta.get(TYPE, ANALOG), Analog)
-        and isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+        node.op == "call_function" and isinstance(kind, Analog | Integer) and isinstance(value, Tensor) and value.dim() == 3
+        and (value.is_floating_point() or isinstance(kind, Integer))
     )  # fmt: skip
 
 

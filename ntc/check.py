@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 from torch.fx import Node
 
+from ntc.compiler import quantizing
 from ntc.errors import CaptureError, NtcError
 from ntc.frontend import capture, load_model
 from ntc.meta import ORIGIN, TYPE, block_of, module_of, source_of
@@ -30,8 +31,8 @@ from ntc.pipeline import LEFT_ANALOG, Context, Pass, run_pipeline
 from ntc.program import Program, op_name
 from ntc.recipe import Recipe, Settings
 from ntc.registry import find_pass
-from ntc.registry import recipe as find_recipe
 from ntc.text import calibration_from, random_tokens
+from ntc.widths import Width, widths
 
 __all__ = ["CLASSES", "CheckReport", "Finding", "NodeCheck", "check_model"]
 
@@ -104,6 +105,7 @@ class CheckReport:
         findings: What was left alone.
         sites: Places converted, by pass.
         window: Tokens per sequence for the counts of attention.
+        widths: Of an integer program: the bits of every value and register (``ntc.widths``).
     """
 
     model: Mapping[str, Any]
@@ -112,6 +114,7 @@ class CheckReport:
     findings: tuple[Finding, ...]
     sites: Mapping[str, int]
     window: int
+    widths: tuple[Width, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -135,6 +138,7 @@ class CheckReport:
             "findings": [asdict(f) for f in self.findings],
             "nodes": [{**asdict(n), "by": list(n.by)} for n in self.nodes],
             "window": self.window,
+            "widths": [asdict(w) for w in self.widths],
         }
 
 
@@ -147,6 +151,7 @@ def check_model(
     *,
     recipe: str | Recipe = "neurtransformer",
     settings: Settings | None = None,
+    quantize: int | None = None,
     example: Tensor | None = None,
     progress: Callable[[str, int, int], None] = _silent,
 ) -> CheckReport:
@@ -156,6 +161,7 @@ def check_model(
         model: A folder, a hub id, or a module (see ``ntc.capture``).
         recipe: Name of a recipe, or one of your own.
         settings: Options and overrides, as for ``ntc.compile``.
+        quantize: As for ``ntc.compile``; the report then has widths.
         example: Example token ids, if the model is no Hugging Face model.
         progress: Called with (label, done, total).
 
@@ -163,7 +169,7 @@ def check_model(
         ConfigError: For an unknown recipe or setting.
         CaptureError: If the model cannot be loaded. A model that cannot be captured is a finding instead.
     """
-    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = quantizing(recipe, quantize)
     passes = chosen.build(settings or Settings(), find_pass)
     progress("load", 0, 1)
     module = load_model(model) if isinstance(model, str | Path) else model
@@ -184,7 +190,8 @@ def check_model(
         run.apply(step)
     nodes = _classify(run, window)
     findings = _settled(run, nodes)
-    return CheckReport({**about, "context": program.info.context}, chosen.name, nodes, findings, run.sites, window)
+    proven = tuple(widths(run.program)) if "integer" in run.program.facts else ()
+    return CheckReport({**about, "context": program.info.context}, chosen.name, nodes, findings, run.sites, window, proven)
 
 
 class _Run:
@@ -193,6 +200,7 @@ class _Run:
     def __init__(self, program: Program, context: Context) -> None:
         self.program = program
         self.canonical = program
+        self.floating = program  # integers change no node's class, only its arithmetic
         self.context = context
         self.sites: dict[str, int] = {}
         self.findings: list[Finding] = []
@@ -209,6 +217,8 @@ class _Run:
             if not any(f.stage == step.name and f.required for f in self.findings):
                 self.findings.append(Finding(step.name, "", "", "", str(error), True))
             return
+        if "integer" not in self.program.facts:
+            self.floating = self.program
         record = self.program.history[-1]
         self.sites[step.name] = record.sites
         self._note(step, before, record.missed, required=step.required)
@@ -244,9 +254,9 @@ def _settled(run: _Run, nodes: tuple[NodeCheck, ...]) -> tuple[Finding, ...]:
 
 
 def _classify(run: _Run, window: int) -> tuple[NodeCheck, ...]:
-    final = {n.name: n for n in run.program.graph.nodes}
+    final = {n.name: n for n in run.floating.graph.nodes}
     names = {n.name for n in run.canonical.graph.nodes}
-    new = [n for n in run.program.graph.nodes if n.name not in names and n.op == "call_function"]
+    new = [n for n in run.floating.graph.nodes if n.name not in names and n.op == "call_function"]
     reasons = {f.node: f for f in run.findings if f.required or f.stage == "canonicalize"}
     left = {f.node for f in run.findings if f.reason == LEFT_ANALOG}
     macs = _dense_macs(run.canonical, window)

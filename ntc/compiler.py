@@ -8,7 +8,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,22 @@ from ntc.frontend import capture, load_tokenizer
 from ntc.meta import module_of
 from ntc.pipeline import Calibration, Context, run_pipeline
 from ntc.program import Program
-from ntc.recipe import Recipe, Settings
+from ntc.recipe import Recipe, Settings, Step
 from ntc.registry import Backend, backend, find_pass
 from ntc.registry import recipe as find_recipe
 from ntc.text import Tokens, calibration_from, random_tokens, read_text, tokens_from
 
-__all__ = ["DEFAULT_RECIPE", "Compilation", "compile_model", "default_calibration", "export", "write"]
+__all__ = [
+    "DEFAULT_RECIPE", "Compilation", "compile_model", "default_calibration", "export", "quantize", "quantize_folder", "quantizing", "write",
+]  # fmt: skip
 
 DEFAULT_RECIPE = "neurtransformer"
 
 # Enough for percentiles per channel; more changes thresholds in the third digit.
 _CALIBRATION_TOKENS = 4096
 _WINDOW = 256
+
+_QUANTIZE = "quantize"
 
 Progress = Callable[[str, int, int], None]
 
@@ -82,6 +86,14 @@ def default_calibration(source: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
+def quantizing(recipe: str | Recipe, weight_bits: int | None) -> Recipe:
+    """A recipe that ends with integers; the recipe as it is if no width is given."""
+    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    if weight_bits is None:
+        return chosen
+    return replace(chosen, steps=(*chosen.steps, Step(_QUANTIZE, {"weight_bits": weight_bits})))
+
+
 def compile_model(
     model: nn.Module | str | Path,
     *,
@@ -89,6 +101,8 @@ def compile_model(
     settings: Settings | None = None,
     steps: int | None = None,
     percentile: float | None = None,
+    quantize: int | None = None,
+    until_quantize: bool = False,
     calibration: Path | str | Calibration | Tokens | None = None,
     tokenizer: Any | None = None,
     example: Tensor | None = None,
@@ -102,6 +116,8 @@ def compile_model(
         settings: Options and overrides (see ``ntc.recipe.load_settings``).
         steps: T, number of time steps, for all passes that have such an option.
         percentile: Percentile of activations that becomes a threshold, likewise.
+        quantize: End with a program of integers, whose weights have so many bits: 4, 8 or 16; None = floating point.
+        until_quantize: Leave that last step to ``ntc.compiler.quantize``, to fine-tune in between.
         calibration: A text file, or tokens. By default ``calibration.txt`` in the model's folder; without it, random
             tokens, with a warning: then thresholds mean little.
         tokenizer: If the model is a module.
@@ -112,7 +128,7 @@ def compile_model(
         NtcError: With one sentence that says what was wrong.
     """
     # Before any work: a wrong option or an empty text costs no minute.
-    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = quantizing(recipe, quantize)
     settings = (settings or Settings()).with_options(steps=steps, percentile=percentile)
     passes = chosen.build(settings, find_pass)
     text = _calibration_text(model, calibration)
@@ -143,12 +159,71 @@ def compile_model(
     del program  # its weights in the model's own layout are not needed any more
     gc.collect()  # torch.export leaves cycles that hold all of them
     lap("canonicalize")
-    compiled = run_pipeline(analog, passes[split:], context)
+    left = [p for p in passes[split:] if not (until_quantize and p.name == _QUANTIZE)]
+    compiled = run_pipeline(analog, left, context)
     lap("passes")
     for override in settings.overrides:
         if override.module not in context.used:
             warnings.append(f"the override for {override.module} changed nothing: no pass sets an option at those modules")
     return Compilation(compiled, analog, chosen, settings, data, tokenizer, seconds, tuple(warnings))
+
+
+def quantize(compilation: Compilation, progress: Progress = _silent) -> Compilation:
+    """The step that ``until_quantize`` has left out, on the program as it is now.
+
+    Raises:
+        PassError: If the program has no integer form; names the node.
+    """
+    steps = [p for p in compilation.recipe.build(compilation.settings, find_pass) if p.name == _QUANTIZE]
+    context = Context(compilation.calibration, compilation.settings.overrides, progress)
+    return replace(compilation, program=run_pipeline(compilation.program, steps, context))
+
+
+def quantize_folder(
+    source: Path | str,
+    out: Path | str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    calibration: Calibration,
+    overwrite: bool = False,
+    progress: Progress = _silent,
+) -> tuple[Program, Program]:
+    """Quantize the program of a compiled or fine-tuned folder and write it to another one.
+
+    Args:
+        source: The folder; tokenizer, original network and what is known of the compilation are taken over.
+        out: Where to, as for ``write``.
+        options: Of the pass ``quantize``.
+        calibration: Tokens that scales are chosen on.
+        overwrite: Replace the program that is there.
+        progress: Called with (label, done, total).
+
+    Returns:
+        The program in floating point, and the one in integers.
+
+    Raises:
+        ConfigError: For an option that the pass does not have.
+        ArtifactError: If a folder cannot be read or written.
+        PassError: If the program has no integer form; names the node.
+    """
+    source, out = Path(source), Path(out)
+    check_output(out, overwrite)
+    step = find_pass(_QUANTIZE).configure(options or {})
+    manifest, program = artifact.read_manifest(source), artifact.load(source)
+    if "integer" in program.facts:
+        raise ConfigError(f"the program in {source} computes with integers already: quantize the one that it was made from")
+    result = run_pipeline(program, [step], Context(calibration, progress=progress))
+    about: dict[str, Any] = {key: manifest[key] for key in ("recipe", "settings", "calibration") if key in manifest}
+    if "recipe" in about:
+        about["recipe"] = {**about["recipe"], "passes": [*about["recipe"]["passes"], _QUANTIZE]}
+    with replacing_folder(out) as beside:
+        artifact.save(result, beside, about=about)
+        if (source / "analog.json").is_file():
+            shutil.copyfile(source / "analog.json", beside / "analog.json")
+        if (source / "tokenizer").is_dir():
+            shutil.copytree(source / "tokenizer", beside / "tokenizer")
+        artifact.seal(beside)
+    return program, result
 
 
 def _calibration_text(model: nn.Module | str | Path, given: Path | str | Calibration | Tokens | None) -> Path | None:
@@ -272,7 +347,9 @@ def _emit(
     for number, emitter in enumerate(emitters):
         progress(f"export {emitter.name}", number, len(emitters))
         try:
-            results[emitter.name] = emitter.emit(program, folder, analog=analog, tokens=tokens)
+            # A back end may say which passes make the form that it writes, such as the streaming one.
+            form = run_pipeline(program, [find_pass(name)() for name in getattr(emitter, "passes", ())])
+            results[emitter.name] = emitter.emit(form, folder, analog=analog, tokens=tokens)
         except (NtcError, OSError):
             raise
         except Exception as error:  # a stranger's back end, or a library with error classes of its own

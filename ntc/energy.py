@@ -255,7 +255,8 @@ def measure_energy(
     )
 
 
-_PRODUCTS = (torch.ops.ntc.attention.default, torch.ops.ntc.spiking_attention.default)
+_PRODUCTS = (torch.ops.ntc.attention.default, torch.ops.ntc.spiking_attention.default, torch.ops.ntc.integer_attention.default)
+_LINEAR = (aten.linear.default, torch.ops.ntc.integer_linear.default)
 
 
 def attention_projections(program: Program) -> frozenset[str]:
@@ -281,7 +282,7 @@ def _nearest_linears(start: Node, first: Callable[[Node], list[Node]], onward: C
         if node in seen or node.op != "call_function" or block_of(node) != block_of(start):
             continue
         seen.add(node)
-        if node.target is aten.linear.default:
+        if node.target in _LINEAR:
             found.add(node.name)
         else:
             frontier.extend(onward(node))

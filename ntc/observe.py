@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ntc.meta import NEURON, TYPE, block_of, module_of
 from ntc.ops import Counts, Operand, spec_of
 from ntc.program import Program, interpret, op_name
-from ntc.spike_type import ANALOG, SpikeType
+from ntc.spike_type import ANALOG, Integer, SpikeType
 
 __all__ = ["Activity", "NodeCounts", "PopulationActivity", "count_by_shape", "observe"]
 
@@ -144,8 +144,9 @@ class Activity:
         if len(nodes) != len(tensors):  # sizes among the arguments: a layout operation, which costs nothing
             return
         operands = [self._operand(n, t) for n, t in zip(nodes, tensors, strict=True)]
-        spiking = any(isinstance(o.type, SpikeType) for o in operands)
-        measured = spec.measure(tensors, value, node) if spec.measure and spiking else {}
+        # Spikes, or integers that may be counts of them.
+        eventful = any(isinstance(o.type, SpikeType | Integer) for o in operands)
+        measured = spec.measure(tensors, value, node) if spec.measure and eventful else {}
         row.counts = row.counts + spec.count(node, operands, self._operand(node, value), measured)
         for key, number in measured.items():
             row.measured[key] = row.measured.get(key, 0.0) + number

@@ -39,6 +39,10 @@ from ntc.text import Tokens
 
 __all__ = ["Confidence", "Quality", "evaluate", "perplexity"]
 
+# The last linear layer of an integer program, and what brings its sums to floating point; a cosine knows no scale.
+_LINEAR = (aten.linear.default, torch.ops.ntc.integer_linear.default)
+_SCALINGS = (torch.ops.ntc.requantize.default, torch.ops.ntc.from_integer.default)
+
 _LARGEST_LOSS = 700.0  # exp of more than this is no float64
 
 # What the program is measured by, alone and against each of the two networks; the rest describes text, spikes and layers.
@@ -262,13 +266,14 @@ def _check_windows(tokens: Tokens, *programs: Program) -> None:
 
 def _run(program: Program, rows: Tensor, visit: Callable[[Node, tuple[Any, ...], Any], None]) -> tuple[Tensor, Tensor | None]:
     """Logits, and the hidden states that enter the last linear layer."""
-    output = next(n for n in program.graph.nodes if n.op == "output").args[0]
-    last = output if isinstance(output, Node) and output.target is aten.linear.default else None
+    last: Any = next(n for n in program.graph.nodes if n.op == "output").args[0]
+    while isinstance(last, Node) and last.target in _SCALINGS:
+        last = last.args[0]
     hidden: list[Tensor] = []
 
     def watch(node: Node, args: tuple[Any, ...], value: Any) -> None:
-        if node is last:
-            hidden.append(args[0])
+        if node is last and node.target in _LINEAR:
+            hidden.append(args[0].float())
         visit(node, args, value)
 
     logits = interpret(program, rows, watch)

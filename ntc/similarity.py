@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.blocks import LayerOutput, Place, layer_outputs
+from ntc.meta import SCALE
 from ntc.program import Program
 
 __all__ = ["LayerComparison", "LayerQuality", "LogitSummary", "compare_logits", "next_token"]
@@ -130,7 +131,8 @@ class LayerComparison:
         """Compare an activation of the program with the one that was kept of the network."""
         if (place := self._ours.get(node)) is None:
             return
-        x, other = self._kept.pop(place).float().flatten(0, -2), value.float().flatten(0, -2)
+        scale = torch.tensor(node.meta.get(SCALE, 1.0))  # of the integer grade
+        x, other = self._kept.pop(place).float().flatten(0, -2), (value.float() * scale).flatten(0, -2)
         dot = torch.linalg.vecdot(x, other).double()
         norm, other_norm = (torch.linalg.vecdot(v, v).double().sqrt() for v in (x, other))
         error = torch.linalg.vector_norm(x - other, dim=-1).double() / norm.clamp(min=_TINY)

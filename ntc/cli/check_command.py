@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ntc.cli.options import Recipe, SetOptions, SettingsFile, Steps, settings_from
+from ntc.cli.options import QuantizeBits, Recipe, SetOptions, SettingsFile, Steps, settings_from
 from ntc.cli.output import JsonFlag, VerboseFlag, count, percent, session, table
-from ntc.cli.tables import heading
+from ntc.cli.tables import heading, show_widths
 
 __all__ = ["add_to"]
 
@@ -25,6 +25,7 @@ def add_to(app: typer.Typer) -> None:
         epilog="Examples:\n\n"
         "ntc check examples/gpt2-books\n\n"
         "ntc check my-model --recipe ffn-only --json\n\n"
+        "ntc check examples/gpt2-books --quantize 8\n\n"
         "Exit code: 0 if every required site can be converted, 1 if not, 2 for bad input.",
     )(check)
 
@@ -35,18 +36,21 @@ def check(
     steps: Steps = None,
     settings: SettingsFile = None,
     set_: SetOptions = None,
+    quantize: QuantizeBits = None,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
     """Show what becomes spiking, what stays analog or on the host, and what is not supported; writes nothing.
 
-    The recipe is run on random tokens, so the answer is what the passes really do. With -v every node is listed.
+    The recipe is run on random tokens, so the answer is what the passes really do. With -v every node is listed. With
+    --quantize also the bits that each membrane, accumulator and memory needs.
     """
     from ntc.check import check_model
 
     with session(as_json, verbose) as output:
         with output.progress() as report:
-            found = check_model(model, recipe=recipe, settings=settings_from(settings, set_, steps, None), progress=report)
+            chosen = settings_from(settings, set_, steps, None)
+            found = check_model(model, recipe=recipe, settings=chosen, quantize=quantize, progress=report)
         data = found.to_json()
         output.result(data, lambda console: _show(console, data, each=verbose > 0))
     if not found.ok:
@@ -62,6 +66,8 @@ def _show(console: Console, data: dict[str, Any], each: bool) -> None:
     )
     if data["nodes"]:
         _show_nodes(console, data, each)
+    if data["widths"]:
+        show_widths(console, data["widths"], each)
     _show_findings(console, data["findings"])
     console.print()
     if data["ok"]:

@@ -15,7 +15,17 @@ from rich.console import Console
 from rich.text import Text
 
 from ntc.cli.finetune_command import config_from, show_finetuning, work_folder
-from ntc.cli.options import EmitOptions, EmittingCommand, Recipe, SetOptions, SettingsFile, Steps, backend_options, settings_from
+from ntc.cli.options import (
+    EmitOptions,
+    EmittingCommand,
+    QuantizeBits,
+    Recipe,
+    SetOptions,
+    SettingsFile,
+    Steps,
+    backend_options,
+    settings_from,
+)
 from ntc.cli.output import JsonFlag, Output, Report, VerboseFlag, count, data_size, duration, names, session, table
 from ntc.cli.tables import by_role, heading, show_attention, show_neurons, show_quality, show_targets
 from ntc.cli.training_progress import training_progress
@@ -44,6 +54,7 @@ def add_to(app: typer.Typer) -> None:
         epilog="Examples:\n\n"
         "ntc compile examples/gpt2-books -o build/demo --steps 4 --emit onnx,netlist,energy\n\n"
         "ntc compile gpt2 -o build/gpt2 --calibration my.txt --set activation=relu --overwrite\n\n"
+        "ntc compile examples/gpt2-books -o build/integers --quantize 8\n\n"
         "ntc compile examples/gpt2-books -o build/ffn --recipe ffn-only --steps 32 --evaluate held-out.txt --json\n\n"
         "ntc compile examples/gpt2-books -o build/tuned --finetune books.txt.xz --finetune-minutes 30",
     )(compile_)
@@ -57,6 +68,7 @@ def compile_(
     percentile: Annotated[float | None, typer.Option(help="Percentile of activations that becomes a threshold, for all neurons.")] = None,
     settings: SettingsFile = None,
     set_: SetOptions = None,
+    quantize: QuantizeBits = None,
     calibration: Annotated[Path | None, typer.Option(help="Text for thresholds (default: calibration.txt of the model).")] = None,
     emit: Annotated[list[str] | None, typer.Option(help="Also write: onnx, netlist, nir, energy; separated by commas.")] = None,
     emit_set: EmitOptions = None,
@@ -84,7 +96,7 @@ def compile_(
     with session(as_json, verbose) as out_put:
         options = {"max_tokens": finetune_tokens, "max_minutes": finetune_minutes, "group": group}
         data = _compile(
-            out_put, model, out, recipe, settings_from(settings, set_, steps, percentile), calibration, names(emit),
+            out_put, model, out, recipe, settings_from(settings, set_, steps, percentile), quantize, calibration, names(emit),
             backend_options(emit_set, names(emit)), overwrite, evaluate, measure, finetune or [], _training_config(finetune, options),
         )  # fmt: skip
         for warning in data["warnings"]:
@@ -93,11 +105,11 @@ def compile_(
 
 
 def _compile(
-    output: Output, model: str, out: Path, recipe: str, settings: Any, calibration: Path | None, emit: list[str],
+    output: Output, model: str, out: Path, recipe: str, settings: Any, bits: int | None, calibration: Path | None, emit: list[str],
     emit_options: dict[str, dict[str, Any]], overwrite: bool, evaluate: Path | None, measure: bool, texts: list[str],
     training: TrainingConfig | None,
 ) -> dict[str, Any]:  # fmt: skip
-    from ntc.compiler import compile_model, write
+    from ntc.compiler import compile_model, quantize, write
     from ntc.folders import check_output
     from ntc.registry import backend
     from ntc.text import read_text
@@ -113,7 +125,10 @@ def _compile(
     if texts:
         find_parts(texts, "train")
     with output.progress() as report:
-        done = compile_model(model, recipe=recipe, settings=settings, calibration=calibration, progress=report)
+        done = compile_model(
+            model, recipe=recipe, settings=settings, quantize=bits, until_quantize=training is not None, calibration=calibration,
+            progress=report,
+        )  # fmt: skip
     seconds = dict(done.seconds)
     tuned = None
     if training is not None:
@@ -121,6 +136,11 @@ def _compile(
         tuned = _finetune(output, done, texts, training, work_folder(out))
         done = replace(done, program=tuned.program)
         seconds["finetune"] = time.perf_counter() - now
+        if bits is not None:
+            now = time.perf_counter()
+            with output.progress() as report:
+                done = quantize(done, report)
+            seconds["quantize"] = time.perf_counter() - now
     with output.progress() as report:
         tokens = _tokens(done, evaluate)
         quality = None

@@ -15,12 +15,17 @@ if TYPE_CHECKING:
     from ntc.recipe import Settings
 
 __all__ = [
-    "EmitOptions", "EmittingCommand", "Recipe", "SetOptions", "SettingsFile", "Steps", "backend_options", "named_values", "settings_from",
+    "EmitOptions", "EmittingCommand", "QuantizeBits", "Recipe", "SetOptions", "SettingsFile", "Steps", "backend_options", "named_values",
+    "settings_from",
 ]  # fmt: skip
 
 Recipe = Annotated[str, typer.Option(help="Conversion method; ntc recipes lists them.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="T, time steps of all neurons (default: as the recipe says).")]
 SettingsFile = Annotated[Path | None, typer.Option("--settings", help="TOML file: \\[recipe] and \\[\\[override]] tables.")]
+QuantizeBits = Annotated[
+    int | None,
+    typer.Option("--quantize", metavar="BITS", help="End with a network of integers, weights of 4, 8 or 16 bits."),
+]
 SetOptions = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe; ntc recipes show NAME lists them.")
 ]

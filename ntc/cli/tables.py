@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from ntc.cli.output import count, percent, table
 
-__all__ = ["by_role", "heading", "show_attention", "show_layers", "show_neurons", "show_quality", "unit_for"]
+__all__ = ["by_role", "heading", "show_attention", "show_layers", "show_neurons", "show_quality", "show_widths", "unit_for"]
 
 _ROLES = {
     "q": "queries", "k": "keys", "v": "values", "ssa": "attention output", "ffn": "feed-forward", "": "others",
@@ -160,3 +161,23 @@ def show_attention(console: Console, attention: Mapping[str, Any], total: Mappin
         style = "" if saved is None else "green" if saved > 0 else "red"
         rows.add_row(label, f"{ann / size:,.3f}", f"{snn / size:,.3f}", Text(percent(saved), style))
     console.print(rows)
+
+
+# What a chip has to provide; other registers exist for the length of one op on the host.
+_REGISTERS = ("membrane", "accumulator", "memory", "count")
+
+
+def show_widths(console: Console, rows: Iterable[Mapping[str, Any]], each: bool) -> None:
+    """Bits that membranes, accumulators, memories and the residual stream of an integer program need, whatever the text."""
+    heading(console, "Widths", "bits that hold every value that can occur, proven from the weights")
+    listed = table("where", "what", ">places", ">bits", ">smallest", ">largest")
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        what = "residual stream" if row["op"] == "add" and row["what"] == "result" else row["what"]
+        if each or what in (*_REGISTERS, "residual stream"):
+            where = row["node"] if each else re.sub(r"(?<=_)\d+(?=_|$)", "*", row["node"])
+            groups.setdefault((where, what), []).append(row)
+    for (where, what), group in groups.items():
+        low, high = min(r["low"] for r in group), max(r["high"] for r in group)
+        listed.add_row(where, what, count(len(group)), str(max(r["bits"] for r in group)), count(low), count(high))
+    console.print(listed)

@@ -158,6 +158,8 @@ def finetune(
     if tokenizer is None and folder is not None and (folder / "tokenizer").is_dir():
         tokenizer = load_tokenizer(folder / "tokenizer")
     config = (config or TrainingConfig()).fitting(program.info.context)
+    if "integer" in program.facts:
+        raise ConfigError("a program of integers has no gradients: fine-tune the one in floating point, then quantize it")
     if baseline and baseline_from is not None:
         raise ConfigError("the baseline is either trained or taken from a folder: leave out one of baseline and baseline_from")
     names = trained(roles_of(program), config.group)

@@ -74,7 +74,7 @@ class Quantize(Pass):
             check_ids(batch, program.info)
         _refuse(program)
         floating = measure(program, batches, lambda done, total: context.progress("measure ranges", done, total))
-        work = Work(program, self.options, batches, floating, stream_exponent(program, floating))
+        work = Work(program, lambda node: self.at(node, context), batches, floating, stream_exponent(program, floating))
         sites = _walk(work, lambda done, total: context.progress(self.name, done, total))
         program.refresh()
         _check_widths(program)

@@ -90,16 +90,17 @@ def as_activation(work: Work, value: Value, node: Node) -> Value:
         value: Activations and counts of spikes are given back; everything else is requantized.
         node: The node of the floating-point program whose value it is.
     """
-    if value.kind == "activation" and value.bound <= work.options.activation_limit:
+    options = work.at(node)
+    limit = options.activation_limit
+    if value.kind == "activation" and value.bound <= limit:
         return value
     if "activation" not in value.made:
-        limit = work.options.activation_limit
         rows = rows_of(value, sample_rows(value.data[0].shape[-1]))
         scale = best_scale(rows, gram_behind(work, node, rows), limit)
         name = f"{node.name}_activation" if value.node.name == node.name or value.kind == "stream" else node.name
         made = work.requantize(node, value, scale, -limit, limit, name, "activation")
         work.notes[name] = {
-            "bits": work.options.activation_bits, "scale": scale,
+            "bits": options.activation_bits, "scale": scale,
             "relative_squared_error": relative_error(rows_of(made), rows_of(value)),
         }  # fmt: skip
         value.made["activation"] = made

@@ -46,7 +46,7 @@ def linear(work: Work, node: Node) -> Value:
     else:
         assert isinstance(source, Node)
         x = as_activation(work, x, source)
-    options = work.options
+    options = work.at(node)
     scaled = weight * x.scale  # in units of the integers that come in
     moments, mean = _moments(x)
     least = (scaled.abs().sum(1) * x.bound + bias.abs()) / (_REGISTER / _steps_behind(node) - weight.shape[1] * x.bound)

@@ -31,7 +31,8 @@ def lookup(work: Work, node: Node) -> Value:
     """A table in place of a pointwise function of one value."""
     source = node.args[0]
     assert isinstance(source, Node)
-    value, bits, limit = work[source], work.options.activation_bits, work.options.activation_limit
+    value, options = work[source], work.at(node)
+    limit = options.activation_limit
     exact = _apply(node, rows_of(value))
     sample = rows_of(value, sample_rows(value.data[0].shape[-1]))
     shiftable = value.kind == "accumulator" and len(source.users) == 1
@@ -47,7 +48,7 @@ def lookup(work: Work, node: Node) -> Value:
     result, data = work.emit(node, torch.ops.ntc.integer_lookup.default, index, stored, -limit - 1)
     made = Value(result, "activation", torch.tensor([scale], dtype=torch.float64), data, bound=limit)
     work.notes[node.name] = {
-        "bits": bits, "scale": scale, "input_scale": step, "input_zero": zero,
+        "bits": options.activation_bits, "scale": scale, "input_scale": step, "input_zero": zero,
         "relative_squared_error": relative_error(rows_of(made), exact),
     }  # fmt: skip
     return work.noted(made)

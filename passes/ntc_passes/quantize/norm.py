@@ -49,7 +49,8 @@ def norm(work: Work, node: Node) -> Value:
     rows = rows_of(x)
     deviation = rows - rows.mean(1, keepdim=True) if centre else rows
     wanted = deviation * torch.rsqrt(deviation.square().mean(1, keepdim=True) + eps) * weight + bias
-    limit = work.options.activation_limit
+    options = work.at(node)
+    limit = options.activation_limit
     most = sample_rows(channels)
     sample = wanted[torch.linspace(0, len(wanted) - 1, min(most, len(wanted))).round().long()]
     scale = best_scale(sample, gram_behind(work, node, sample), limit)
@@ -66,7 +67,7 @@ def norm(work: Work, node: Node) -> Value:
     )
     made = Value(result, "activation", torch.tensor([scale], dtype=torch.float64), data, bound=limit)
     work.notes[node.name] = {
-        "bits": work.options.activation_bits, "scale": scale, "relative_squared_error": relative_error(rows_of(made), wanted),
+        "bits": options.activation_bits, "scale": scale, "relative_squared_error": relative_error(rows_of(made), wanted),
     }  # fmt: skip
     return work.noted(made)
 

@@ -71,16 +71,18 @@ class Work:
 
     Attributes:
         program: Both programs in one graph: the floating-point one loses its last user at the end.
-        options: Of the pass.
+        at: The options for a node of the floating-point program.
         batches: Token ids of calibration text.
         floating: What the floating-point program does on them.
         exponent: The residual stream counts in units of ``2**exponent``.
         notes: What was decided and measured, by name of the node.
     """
 
-    def __init__(self, program: Program, options: Options, batches: Sequence[Tensor], floating: Statistics, exponent: int) -> None:
+    def __init__(
+        self, program: Program, at: Callable[[Node], Options], batches: Sequence[Tensor], floating: Statistics, exponent: int
+    ) -> None:
         self.program = program
-        self.options = options
+        self.at = at
         self.batches = list(batches)
         self.floating = floating
         self.exponent = exponent
