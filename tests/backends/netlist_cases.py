@@ -25,6 +25,7 @@ from ntc_backends.netlist import NetlistBackend
 
 # Said in full, so that these tests do not depend on what the recipe chooses.
 PLAIN = {"normalizer": "position", "signed_query": False, "signed_key": False, "signed_value": True, "output": "spikes"}
+TERNARY = {"signed_query": True, "signed_key": True, "signed_value": True}
 
 VARIANTS = {
     "default": ("neurtransformer", {}),
@@ -34,8 +35,8 @@ VARIANTS = {
     "ffn-only": ("ffn-only", {}),
     "binary": ("neurtransformer", PLAIN | {"signed_value": False, "steps": 3}),
     "learned-position": ("neurtransformer", {"normalizer": "learned-position", "output": "current"}),
-    "leak-rms": ("neurtransformer", {"normalizer": "leak-rms"}),
-    "row-sum": ("neurtransformer", {"normalizer": "row-sum", "signed_query": True, "steps": 3}),
+    "leak-rms": ("neurtransformer", PLAIN | TERNARY | {"normalizer": "leak-rms"}),
+    "row-sum": ("neurtransformer", PLAIN | TERNARY | {"normalizer": "row-sum", "steps": 3}),
 }
 
 

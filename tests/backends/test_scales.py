@@ -52,11 +52,11 @@ def test_row_sum_scale_gives_the_bits_of_the_kernel_on_spikes(lead: tuple[int, .
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "learned-position": {"normalizer": "learned-position", "gain": "head"},
+    "learned-position": {"normalizer": "learned-position", "gain": "head", "output": "spikes"},
     "channel-leak": {"normalizer": "channel-leak", "output": "current"},
-    "leak-rms": {"normalizer": "leak-rms", "signed_query": True, "signed_key": True},
-    "row-sum": {"normalizer": "row-sum"},
-    "lif": {"neuron": "lif", "signed_query": False, "signed_key": False, "signed_value": False, "normalizer": "leak"},
+    "leak-rms": {"normalizer": "leak-rms", "signed_query": True, "signed_key": True, "output": "spikes"},
+    "row-sum": {"normalizer": "row-sum", "signed_query": True, "output": "spikes"},
+    "lif": {"neuron": "lif", "signed_query": False, "signed_key": False, "signed_value": False, "normalizer": "leak", "output": "spikes"},
     "rates": {"normalizer": "row-sum", "last": "insert-neurons"},
 }
 
