@@ -218,7 +218,8 @@ class Program:
         for node in (n for n in self.graph.find_nodes(op="placeholder") if "val" in n.meta):
             known = node.meta[STATE].shape if STATE in node.meta else ("B", "L")
             names |= {str(s): name for s, name in zip(node.meta["val"].shape, known, strict=False) if isinstance(name, str)}
-        return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(symbol))
+        text = re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(symbol))
+        return " + ".join(sorted(text.split(" + ")))
 
     def shape_text(self, node: Node) -> str:
         """Shape of a node such as ``[4, B, L, 256]``; empty for what is no tensor."""

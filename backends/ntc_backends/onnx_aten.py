@@ -97,6 +97,12 @@ def _embedding(w: Writer, node: Node) -> Value:
     return w.call("Gather", [w.name_of(a["weight"]), w.name_of(a["indices"])], axis=0)
 
 
+@handles(aten.index_select.default)
+def _index_select(w: Writer, node: Node) -> Value:
+    a = bound(node)
+    return w.call("Gather", [w.name_of(a["self"]), w.name_of(a["index"])], axis=int(a["dim"]))
+
+
 @handles(aten.layer_norm.default)
 def _layer_norm(w: Writer, node: Node) -> Value:
     a, dtype = bound(node), node.meta["val"].dtype

@@ -23,6 +23,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from ntc.program import Program
 from ntc_backends import onnx_integer as onnx_integer  # enters its handlers
 from ntc_backends.onnx_aten import by_torch
 from ntc_backends.onnx_check import Tolerance, check, verdict
-from ntc_backends.onnx_writer import DATA, EXTERNAL_BYTES, MODEL, OPSET, Writer, save
+from ntc_backends.onnx_writer import EXTERNAL_BYTES, MODEL, OPSET, Writer, save
 
-__all__ = ["OnnxBackend", "build"]
+__all__ = ["OnnxBackend", "build", "publish"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,25 +70,50 @@ class OnnxBackend:
         Raises:
             BackendError: For a node that ONNX cannot express, or a model that is broken or disagrees.
         """
-        target = Path(folder)
-        model, weights = build(program)
-        with _workspace(target) as work:
-            external = save(model, weights, work, self.external_bytes)
-            functions = sorted({f"{f.domain}::{f.name}" for f in model.functions})
-            del model, weights  # ONNX Runtime brings its own copy
-            ids = program.example if tokens is None else torch.as_tensor(tokens)
-            report = check(work / MODEL, program, ids, self.tolerance)
-            report |= {
-                "summary": verdict(report), "opset": OPSET, "functions": functions,
-                "files": {p.name: p.stat().st_size for p in sorted(work.iterdir()) if p.name in (MODEL, DATA)},
-            }  # fmt: skip
-            if external:
-                os.replace(work / DATA, target / DATA)  # first: a model without its weights would be half an artefact
-            os.replace(work / MODEL, target / MODEL)
-            if not external:
-                (target / DATA).unlink(missing_ok=True)
-        logger.info("onnx %s", report)
-        return report
+        if program.state:
+            raise BackendError("a streaming program has a state: onnx-streaming writes it, with inputs and outputs for the state")
+        ids = program.example if tokens is None else torch.as_tensor(tokens)
+
+        def judge(path: Path) -> dict[str, Any]:
+            report = check(path, program, ids, self.tolerance)
+            return {**report, "summary": verdict(report)}
+
+        return publish(program, Path(folder), MODEL, self.external_bytes, judge)
+
+
+def publish(
+    program: Program, target: Path, name: str, external_bytes: int, judge: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """Write a model beside its place, let it be judged, and put it there; returns the judgement with the facts of the file.
+
+    Args:
+        program: The program.
+        target: An existing folder.
+        name: Of the file.
+        external_bytes: Weights beyond this many bytes go to ``NAME.data``.
+        judge: Compares the file with the program; raises ``BackendError`` if it disagrees.
+
+    Raises:
+        BackendError: If the program cannot be expressed, or what ``judge`` says.
+    """
+    model, weights = build(program)
+    data = f"{name}.data"
+    with _workspace(target) as work:
+        external = save(model, weights, work, external_bytes, name)
+        functions = sorted({f"{f.domain}::{f.name}" for f in model.functions})
+        del model, weights  # ONNX Runtime brings its own copy
+        report = judge(work / name)
+        report |= {
+            "opset": OPSET, "functions": functions,
+            "files": {p.name: p.stat().st_size for p in sorted(work.iterdir()) if p.name in (name, data)},
+        }  # fmt: skip
+        if external:
+            os.replace(work / data, target / data)  # first: a model without its weights would be half an artefact
+        os.replace(work / name, target / name)
+        if not external:
+            (target / data).unlink(missing_ok=True)
+    logger.info("onnx %s", report)
+    return report
 
 
 class _workspace:  # noqa: N801

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.errors import BackendError
-from ntc.meta import MADE_BY, TYPE, module_of, where
+from ntc.meta import MADE_BY, STATE, TYPE, module_of, where
 from ntc.ops import spec_of
 from ntc.program import Program
 
@@ -36,6 +37,7 @@ EXTERNAL_BYTES = 1 << 30
 """Weights beyond this go to ``model.onnx.data``. Protobuf ends at 2 GiB, and holds what is inside of it twice while it writes."""
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+_SIZES = {"B": "batch", "L": "sequence", "P": "past", "L + P": "past + sequence"}
 _ALIGN = 4096  # a page: readers map the file
 _INLINE = 1024  # bytes; smaller tensors stay in the model, where shape inference sees them
 
@@ -65,10 +67,11 @@ class Writer:
         self.functions: dict[tuple[str, str, str], onnx.FunctionProto] = {}
         self.values: dict[Node, Value] = {}
         self.infos: list[onnx.ValueInfoProto] = []
-        self.taken: set[str] = {"input_ids", "logits"}
+        self.states = [n for n in program.graph.find_nodes(op="placeholder") if STATE in n.meta]
+        self.taken: set[str] = {"input_ids", "logits", *(n.name for n in self.states), *(f"{n.name}_next" for n in self.states)}
         self.shared: dict[Any, str] = {}  # constants and transposed weights that several nodes use
         self.at: Node | None = None
-        self.result: onnx.ValueInfoProto | None = None
+        self.results: list[onnx.ValueInfoProto] = []
 
     def run(self) -> None:
         """Translate every node."""
@@ -81,22 +84,23 @@ class Writer:
                 self.values[node] = name = stored.setdefault(key, str(node.target))
                 self.weights[name] = value
                 self.taken.add(name)
-        (last,) = next(n for n in graph.nodes if n.op == "output").args
         for node in graph.nodes:
             self.at = node
-            if node.op == "placeholder":
+            if node in self.states:
+                self.values[node] = node.name
+            elif node.op == "placeholder":
                 cast = node.meta["val"].dtype != torch.int64
                 self.values[node] = self.call("Cast", ["input_ids"], to=onnx_type(node.meta["val"].dtype)) if cast else "input_ids"
             elif node.op == "call_function":
                 self.values[node] = self.translate(node)
                 self.describe(node)
-        assert isinstance(last, Node)
-        self.at = last
-        self.call("Identity", [self.name_of(last)], part="logits", output="logits")
-        info = self.info("logits", last)
-        if info is None:
-            raise BackendError(f"the logits have no static shape: {where(last)}")
-        self.result = info
+        for name, last in zip(["logits", *(f"{n.name}_next" for n in self.states)], self.program.results, strict=True):
+            self.at = last
+            self.call("Identity", [self.name_of(last)], part=name, output=name)
+            info = self.info(name, last)
+            if info is None:
+                raise BackendError(f"the result {name} has no static shape: {where(last)}")
+            self.results.append(info)
 
     def translate(self, node: Node) -> Value:
         """ONNX nodes for one node; returns the names of its values."""
@@ -175,7 +179,7 @@ class Writer:
         ]
         return self.call("Concat", pieces, part, axis=0)
 
-    def call_function(self, node: Node, text: str) -> str:
+    def call_function(self, node: Node, text: str) -> Value:
         """A call of a function of ours: tensors are inputs, the rest attributes.
 
         True booleans, words and the names of optional tensors that are given choose the variant.
@@ -196,8 +200,9 @@ class Writer:
         # How a neuron compares and resets is no argument of the kernel, but a mapping tool must not have to guess it.
         known = {"comparison": ">=", "reset": "hard" if arguments.get("hard_reset") else "soft", **arguments}
         attributes: dict[str, Any] = {k: int(known[k]) if isinstance(known[k], bool) else known[k] for k in function.attribute}
-        return self.call(function.name, [self.name_of(v) for v in tensors.values()], domain=function.domain,
-                         overload=function.overload, **attributes)  # fmt: skip
+        results = self.call_many(function.name, [self.name_of(v) for v in tensors.values()], len(function.output),
+                                 domain=function.domain, overload=function.overload, **attributes)  # fmt: skip
+        return results[0] if len(results) == 1 else results
 
     # -- the whole
 
@@ -209,8 +214,8 @@ class Writer:
         shape: list[int | str] = []
         for size in value.shape:
             text = self.program.size(size)
-            if text in ("B", "L"):
-                shape.append("batch" if text == "B" else "sequence")
+            if text in _SIZES:
+                shape.append(_SIZES[text])
             elif text.isdigit():
                 shape.append(int(text))
             else:
@@ -225,10 +230,11 @@ class Writer:
 
     def model(self) -> onnx.ModelProto:
         """The model; its initializers are filled in by ``save``."""
-        assert self.result is not None
+        assert self.results
         ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["batch", "sequence"])
+        states = [self.info(n.name, n) for n in self.states]
         infos = {i.name: i for i in self.infos}
-        graph = helper.make_graph(self.nodes, "ntc", [ids], [self.result], value_info=list(infos.values()))
+        graph = helper.make_graph(self.nodes, "ntc", [ids, *states], self.results, value_info=list(infos.values()))
         domains = dict.fromkeys(f.domain for f in self.functions.values())
         model = helper.make_model(
             graph, producer_name="ntc", producer_version=_version(), ir_version=IR_VERSION, functions=list(self.functions.values()),
@@ -240,6 +246,7 @@ class Writer:
             "ntc.version": _version(), "ntc.source": _public(info.source), "ntc.architecture": info.architecture,
             "ntc.steps": str(self.program.steps), "ntc.dt": "1 step", "ntc.comparison": ">=",
             "ntc.reset": ", ".join(sorted(resets)) or "soft", "ntc.facts": ", ".join(sorted(self.program.facts)),
+            **({"ntc.state": json.dumps([part.to_json() for part in self.program.state])} if self.states else {}),
         })  # fmt: skip
         return model
 
@@ -300,25 +307,26 @@ def _tensor_proto(name: str, value: Tensor, *, inline: bool) -> onnx.TensorProto
     return proto
 
 
-def save(model: onnx.ModelProto, weights: dict[str, Tensor], folder: Path, limit: int) -> bool:
-    """Fill in the initializers and write the model; returns whether they went to a file of their own.
+def save(model: onnx.ModelProto, weights: dict[str, Tensor], folder: Path, limit: int, name: str = MODEL) -> bool:
+    """Fill in the initializers and write the model; returns whether they went to a file of their own, ``NAME.data``.
 
     Large weights go straight from the program's memory to the file, one by one.
     """
+    data_name = f"{name}.data"
     external = sum(t.numel() * t.element_size() for t in weights.values()) > limit
     if not external:
         model.graph.initializer.extend(_tensor_proto(n, t, inline=True) for n, t in weights.items())
     else:
-        with (folder / DATA).open("wb") as data:
-            for name, value in weights.items():
+        with (folder / data_name).open("wb") as data:
+            for key, value in weights.items():
                 size = value.numel() * value.element_size()
-                proto = _tensor_proto(name, value, inline=size < min(_INLINE, limit))
+                proto = _tensor_proto(key, value, inline=size < min(_INLINE, limit))
                 if not proto.HasField("raw_data"):
                     data.write(b"\0" * (-data.tell() % _ALIGN))
                     proto.data_location = onnx.TensorProto.EXTERNAL
-                    for key, text in (("location", DATA), ("offset", str(data.tell())), ("length", str(size))):
-                        proto.external_data.add(key=key, value=text)
+                    for field, text in (("location", data_name), ("offset", str(data.tell())), ("length", str(size))):
+                        proto.external_data.add(key=field, value=text)
                     data.write(_bytes(value))
                 model.graph.initializer.append(proto)
-    (folder / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+    (folder / name).write_bytes(model.SerializeToString(deterministic=True))
     return external

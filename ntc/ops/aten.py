@@ -154,7 +154,7 @@ for _op in (
     aten.split_with_sizes.default, aten.cat.default, aten.contiguous.default, aten.clone.default, aten.select.int,
     aten.unflatten.int, aten.flatten.using_ints, aten.t.default, aten.to.dtype, aten._to_copy.default, aten.chunk.default,
     aten.index.Tensor, aten.squeeze.dim, aten.full.default, aten.ones.default, aten.zeros.default, aten.tril.default,
-    aten._unsafe_view.default,
+    aten._unsafe_view.default, aten.index_select.default,
 ):  # fmt: skip
     register(OpSpec(_op, host_rule, _free, kind="layout"))
 for _arithmetic in (operator.add, operator.mul, operator.sub, operator.floordiv):  # on sizes

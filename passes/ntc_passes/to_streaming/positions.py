@@ -4,7 +4,7 @@ Positions are what depends on the *number* of tokens and on no token: a piece of
 tokens. In a streaming program it is given L new tokens and has to give what the parallel program gives for the last L of ``position + L``.
 Two beginnings of such pieces are known, by what they compute and not by how they are spelled:
 
-- 0, 1 ... L - 1, from ``arange`` or anything else: ``position`` is added;
+- n, n + 1 ... n + L - 1 for some n, from ``arange`` or anything else: ``position`` is added;
 - the first L rows of a table: the rows from ``position`` on are taken.
 
 What is made of them (embeddings, the angles of rotary embeddings) follows by itself, and whether it is right is checked on values.
@@ -23,7 +23,7 @@ from ntc.ops import aten
 from ntc.probe import evaluate, probe_sizes
 from ntc.program import Program
 
-__all__ = ["shift_positions", "token_axis"]
+__all__ = ["constant_nodes", "shift_positions", "token_axis"]
 
 
 def shift_positions(program: Program, position: Node, by: str) -> int:
@@ -34,7 +34,7 @@ def shift_positions(program: Program, position: Node, by: str) -> int:
         position: The node that holds the number of tokens so far.
         by: Name of the pass.
     """
-    constant, moved, sites = _constant(program), set[Node](), 0
+    constant, moved, sites = constant_nodes(program), set[Node](), 0
     for node in list(program.graph.nodes):
         if node not in constant or any(a in moved for a in node.all_input_nodes):
             moved.update({node} & constant)  # what is made of moved positions has moved with them
@@ -59,7 +59,7 @@ def shift_positions(program: Program, position: Node, by: str) -> int:
     return sites
 
 
-def _constant(program: Program) -> set[Node]:
+def constant_nodes(program: Program) -> set[Node]:
     """Nodes that no token has an influence on: constants, sizes, and what is made of them."""
     found: set[Node] = set()
     for node in program.graph.nodes:
@@ -79,8 +79,14 @@ def token_axis(program: Program, node: Node) -> int | None:
 
 
 def _counts_tokens(program: Program, node: Node) -> bool:
-    """Whether it is 0, 1 ... L - 1, in any layout and any dtype."""
-    return _same(program, node, lambda value, length: (value.flatten(), torch.arange(length)))
+    """Whether it is n, n + 1 ... n + L - 1, in any layout and any dtype; n does not depend on L."""
+    first: list[float] = []
+
+    def pair(value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        first.append(float(value.flatten()[0]))
+        return value.flatten(), torch.arange(length) + first[0]
+
+    return _same(program, node, pair)
 
 
 def _is_beginning(program: Program, node: Node, axis: int, constant: set[Node]) -> bool:
