@@ -72,9 +72,8 @@ def _result_type(node: Node) -> int:
 @handles(ntc.integer_norm.default)
 def _norm(w: Writer, node: Node) -> Value:
     a, held = bound(node), _inside(w, node)
-    real = (
-        held["sum of squares"] < WHOLE and held["shifted difference"] < 1 << 48 and held["normalised value times gain"] < WHOLE >> 1
-    )
+    shifted = held["shifted difference"]
+    real = shifted < 1 << 48 and shifted >> a["guard"] + 16 < 1 << 26 and held["normalised value times gain"] < WHOLE
     text = functions.norm(a["centre"], real, _result_type(node))
     given = {k: a[k] for k in ("epsilon", "guard", "shift", "low", "high")}
     return _call(w, node, text, [w.name_of(a[k]) for k in ("x", "gain", "offset")], **given)
@@ -157,13 +156,10 @@ def _attention(w: Writer, node: Node) -> Value:
     growth = w.program.tensor(a["growth"])
     query, key, value = (_interval(w, a[k]).magnitude for k in ("query", "key", "value"))
     rows = a["key"].meta["val"].shape[-1] // a["kv_heads"]
-    between = query * key * value * rows * int(growth.sum(1, dtype=torch.int64).max())
-    scores = _exact_in(between if renewed else held["count"])
-    if not renewed:
-        text = attention(False, scores, scores, functions.DOUBLE)
-    else:
-        products = held["memory times renewal"]
-        text = attention(True, scores, _exact_in(held["count"]), functions.DOUBLE if products < WHOLE else functions.INT64)
+    met, written = query * key * rows * int(growth.max()), key * value * int(growth.sum(1, dtype=torch.int64).max())
+    inner = query * rows * written if renewed else held["count"]
+    renewal = functions.DOUBLE if held.get("memory times renewal", 0) < WHOLE else functions.INT64
+    text = attention(renewed, _exact_in(met), _exact_in(inner), _exact_in(written), _exact_in(held["count"]), renewal)
     names = ("query", "key", "value", "growth", "renewal")
     inputs = [w.name_of(a[k]) for k in names if a[k] is not None]
     return _call(w, node, text, inputs, heads=a["heads"], kv_heads=a["kv_heads"], shift=a["shift"])

@@ -25,30 +25,37 @@ _SIZES = """
 """
 
 
-def attention(renewed: bool, scores: int, cross: int, renewal: int) -> str:
+def attention(renewed: bool, met: int, inner: int, written: int, cross: int, renewal: int) -> str:
     """``IntegerAttention``: all periods at once, but for the memory, which goes from period to period in a ``Scan``.
+
+    Each dtype is one in which its products are exact.
 
     Args:
         renewed: Whether there is a renewal; without one this is the plain causal product.
-        scores: Dtype in which the products between two renewals are exact.
-        cross: Dtype in which queries times memory are.
-        renewal: Dtype in which memory times renewal is: float64 or int64.
+        met: Of coincidences of queries and keys, times growth.
+        inner: Of those times values: the counts that come from the same period.
+        written: Of what a period adds to the memory.
+        cross: Of queries times memory: the counts that come from earlier periods.
+        renewal: Of memory times renewal: float64 or int64.
     """
-    body = _SIZES + f"q_real = Cast <to = {scores}> (query)  k_real = Cast <to = {scores}> (key)  v_real = Cast <to = {scores}> (value)\n"
-    attributes = "heads, kv_heads, shift"
+    body, attributes = _SIZES, "heads, kv_heads, shift"
     if not renewed:
         # [TB, L, Hk, g, D], [TB, L, Hk, 1, D]: heads that share a memory lie beside each other.
-        body += """
+        body += f"""
     q_sizes = Concat <axis = 0> (batch, length, hk, groups, any)
     kv_sizes = Concat <axis = 0> (batch, length, hk, one, any)
-    q_split = Reshape(q_real, q_sizes)
-    k_split = Reshape(k_real, kv_sizes)
-    v_split = Reshape(v_real, kv_sizes)
-    q = Transpose <perm = [0, 2, 3, 1, 4]> (q_split)
-    k = Transpose <perm = [0, 2, 3, 4, 1]> (k_split)
-    v = Transpose <perm = [0, 2, 3, 1, 4]> (v_split)
+    q_split = Reshape(query, q_sizes)
+    k_split = Reshape(key, kv_sizes)
+    v_split = Reshape(value, kv_sizes)
+    q_spikes = Transpose <perm = [0, 2, 3, 1, 4]> (q_split)
+    k_spikes = Transpose <perm = [0, 2, 3, 4, 1]> (k_split)
+    v_spikes = Transpose <perm = [0, 2, 3, 1, 4]> (v_split)
+    q = Cast <to = {met}> (q_spikes)
+    k = Cast <to = {met}> (k_spikes)
+    v = Cast <to = {inner}> (v_spikes)
     met = MatMul(q, k)
-    causal = Trilu <upper = 0> (met)
+    causal_met = Trilu <upper = 0> (met)
+    causal = Cast <to = {inner}> (causal_met)
     read = MatMul(causal, v)
     factor_rows = CastLike(growth, read)
     factor_sizes = Constant <value_ints = [-1, 1, 1, 1]> ()
@@ -60,7 +67,7 @@ def attention(renewed: bool, scores: int, cross: int, renewal: int) -> str:
     counts = Reshape(whole, result_sizes)
     """
         signature = "(query, key, value, growth) => (counts)"
-        return onnx_function("IntegerAttention", (word(scores),), attributes, signature, without_comments(body))
+        return onnx_function("IntegerAttention", (word(inner),), attributes, signature, without_comments(body))
     body += f"""
     period = Shape <start = 1, end = 2> (growth)
     short = Sub(period, one)
@@ -71,19 +78,23 @@ def attention(renewed: bool, scores: int, cross: int, renewal: int) -> str:
     nothing = Constant <value_ints = [0, 0, 0, 0, 0, 0]> ()
     pads_end = Concat <axis = 0> (missing, first)
     pads = Concat <axis = 0> (nothing, pads_end)
-    q_padded = Pad(q_real, pads)
-    k_padded = Pad(k_real, pads)
-    v_padded = Pad(v_real, pads)
+    q_padded = Pad(query, pads)
+    k_padded = Pad(key, pads)
+    v_padded = Pad(value, pads)
     q_sizes = Concat <axis = 0> (batch, periods, period, hk, groups, any)
     kv_sizes = Concat <axis = 0> (batch, periods, period, hk, one, any)
     q_split = Reshape(q_padded, q_sizes)
     k_split = Reshape(k_padded, kv_sizes)
     v_split = Reshape(v_padded, kv_sizes)
     # [TB, Hk, P, g, R, D], [TB, Hk, P, 1, D, R], [TB, Hk, P, 1, R, Dv]
-    q = Transpose <perm = [0, 3, 1, 4, 2, 5]> (q_split)
-    k = Transpose <perm = [0, 3, 1, 4, 5, 2]> (k_split)
-    v = Transpose <perm = [0, 3, 1, 4, 2, 5]> (v_split)
-    weight = Cast <to = {scores}> (growth)
+    q_spikes = Transpose <perm = [0, 3, 1, 4, 2, 5]> (q_split)
+    k_spikes = Transpose <perm = [0, 3, 1, 4, 5, 2]> (k_split)
+    v_spikes = Transpose <perm = [0, 3, 1, 4, 2, 5]> (v_split)
+    q = Cast <to = {met}> (q_spikes)
+    k = Cast <to = {met}> (k_spikes)
+    v_inner = Cast <to = {inner}> (v_spikes)
+    v_written = Cast <to = {written}> (v_spikes)
+    weight = Cast <to = {met}> (growth)
     weight_axes = Constant <value_ints = [1, 2, 3]> ()
     weight_split = Unsqueeze(weight, weight_axes)
     weight_square_sizes = Concat <axis = 0> (one, one, one, period, one)
@@ -91,9 +102,11 @@ def attention(renewed: bool, scores: int, cross: int, renewal: int) -> str:
     seen = Trilu <upper = 0> (weight_square)
     met = MatMul(q, k)
     met_grown = Mul(met, seen)
-    inner = MatMul(met_grown, v)
+    met_inner = Cast <to = {inner}> (met_grown)
+    inner = MatMul(met_inner, v_inner)
     k_grown = Mul(k, weight_split)
-    written = MatMul(k_grown, v)
+    k_written = Cast <to = {written}> (k_grown)
+    written = MatMul(k_written, v_written)
     written_wide = Cast <to = {renewal}> (written)
     state_shape_lead = Shape <start = 0, end = 2> (written)
     state_shape_tail = Shape <start = 3> (written)
@@ -137,14 +150,18 @@ def attention(renewed: bool, scores: int, cross: int, renewal: int) -> str:
     starts_real = Cast <to = {cross}> (starts)
     q_cross = Cast <to = {cross}> (q)
     outer = MatMul(q_cross, starts_real)
-    inner_whole = Cast <to = 6> (inner)
-    outer_whole = Cast <to = 6> (outer)
-    sum = Add(inner_whole, outer_whole)
+    {_summed(inner, cross)}
     back = Transpose <perm = [0, 2, 4, 1, 3, 5]> (sum)
     padded_sizes = Concat <axis = 0> (lead, longer, any)
     padded = Reshape(back, padded_sizes)
     token_axis = Constant <value_ints = [2]> ()
     counts = Slice(padded, first, length, token_axis)
     """
-    words, signature = ("renewal", word(scores), word(cross), word(renewal)), "(query, key, value, growth, renewal) => (counts)"
+    words, signature = ("renewal", *map(word, (met, inner, written, cross, renewal))), "(query, key, value, growth, renewal) => (counts)"
     return onnx_function("IntegerAttention", words, attributes, signature, without_comments(body))
+
+
+def _summed(inner: int, cross: int) -> str:
+    if inner == cross == DOUBLE:
+        return "sum_real = Add(inner, outer)  sum = Cast <to = 6> (sum_real)"
+    return "inner_whole = Cast <to = 6> (inner)  outer_whole = Cast <to = 6> (outer)  sum = Add(inner_whole, outer_whole)"

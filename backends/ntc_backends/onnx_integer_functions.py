@@ -92,7 +92,7 @@ _FLOOR_INT64 = """
 
 
 def norm(centre: bool, real: bool, to: int) -> str:
-    """``IntegerNorm``; ``real`` needs sums of squares below 2^53, shifted differences below 2^48 and scaled values below 2^52."""
+    """``IntegerNorm``; ``real`` needs differences below 2^26, shifted ones below 2^48, and scaled values below 2^53."""
     kind = DOUBLE if real else INT64
     body = f"""
     last = Constant <value_ints = [-1]> ()
@@ -126,8 +126,8 @@ def norm(centre: bool, real: bool, to: int) -> str:
     """
     else:
         body += "d = Identity(values)\n"
-    body += "squares = Mul(d, d)  squares_sum = ReduceSum(squares, last)\n"
-    body += "squares_int = Cast <to = 7> (squares_sum)  quotient = Div(squares_int, channels)\n"
+    body += "squares = Mul(d, d)  squares_int = Cast <to = 7> (squares)\n"
+    body += "squares_sum = ReduceSum(squares_int, last)  quotient = Div(squares_sum, channels)\n"
     body += _ROOT + _ENDS
     body += """
     sixteen = Constant <value = double {16.0}> ()

@@ -52,7 +52,7 @@ def check(program, folder, ids=None):
             seen.append(node.name)
 
     assert torch.equal(got["logits"], interpret(program, ids, visit))
-    assert len(seen) == len(got) - 1 > 0
+    assert len(seen) >= len(got) - 1 > 0
     return chosen
 
 
