@@ -13,7 +13,7 @@ from ntc_backends.simulator.piece import Array, Constants, Piece, dtype_of
 
 __all__ = ["Population"]
 
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
 """Membranes at a time."""
 
 
