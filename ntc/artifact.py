@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -31,13 +32,13 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ntc.errors import ArtifactError
-from ntc.folders import MANIFEST, reason_of, umask
+from ntc.folders import MANIFEST, reason_of, umask, undisturbed
 from ntc.meta import MADE_BY, MODULE, NEURON, ORIGIN, SCALE, SOURCE, STATE, NeuronSpec
 from ntc.program import ModelInfo, PassRecord, Program
 from ntc.state import StateSpec
 from ntc.verify import verify
 
-__all__ = ["FORMAT", "load", "load_analog", "read_manifest", "save", "seal", "sha256_of"]
+__all__ = ["FORMAT", "annotate", "load", "load_analog", "read_manifest", "save", "seal", "sha256_of"]
 
 FORMAT = 2
 """Version of compiled folders. 2: potentials and time constants of neurons are tensors, which the ops of 1 took as numbers."""
@@ -103,6 +104,23 @@ def seal(folder: Path, **more: Any) -> dict[str, Any]:
     manifest["files"] = {str(p.relative_to(folder)): sha256_of(p) for p in files if p.name != MANIFEST}
     _write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def annotate(folder: Path, key: str, value: Any) -> None:
+    """Put one entry into the manifest of a compiled folder, at once or not at all; one of that name is replaced.
+
+    Raises:
+        ArtifactError: If the manifest cannot be written.
+    """
+    path = folder / MANIFEST
+    beside = path.with_name(f".{MANIFEST}.partial")
+    try:
+        with undisturbed():
+            _write_json(beside, {**read_manifest(folder), key: value})
+            os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _manifest(program: Program, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
-    "ArtifactError", "BackendError", "CaptureError", "ConfigError", "DataError", "NtcError", "PassError", "TrainingError", "VerifyError",
+    "ArtifactError", "BackendError", "CaptureError", "ConfigError", "DataError", "DisagreementError", "NtcError", "PassError",
+    "TrainingError", "VerifyError",
 ]  # fmt: skip
 
 
@@ -37,6 +38,10 @@ class VerifyError(NtcError):
 
 class BackendError(NtcError):
     """A program that a back end cannot express, or an artefact that disagrees with its program."""
+
+
+class DisagreementError(BackendError):
+    """An artefact that does something else than its program."""
 
 
 class TrainingError(NtcError):

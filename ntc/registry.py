@@ -1,7 +1,7 @@
-"""Passes, recipes, back ends and commands by name, through entry points: ours have no privilege over a stranger's.
+"""Passes, recipes, back ends, executors and commands by name, through entry points: ours have no privilege over a stranger's.
 
-Groups: ``ntc.passes``, ``ntc.recipes``, ``ntc.backends``, ``ntc.commands``. A name that two distributions claim is an error that
-names both; a plug-in that cannot be imported is an error when it is asked for, and is listed with its error.
+Groups: ``ntc.passes``, ``ntc.recipes``, ``ntc.backends``, ``ntc.executors``, ``ntc.commands``. A name that two distributions claim is
+an error that names both; a plug-in that cannot be imported is an error when it is asked for, and is listed with its error.
 
 The command line asks this module for the names of commands, so it imports no torch.
 """
@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from ntc.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ntc.executors import Executor
     from ntc.pipeline import Pass
     from ntc.program import Program
     from ntc.recipe import Recipe
 
-__all__ = ["Backend", "Listed", "backend", "command", "command_packages", "find_pass", "listed", "names_of", "recipe"]
+__all__ = ["Backend", "Listed", "backend", "command", "command_packages", "executor", "find_pass", "listed", "names_of", "recipe"]
 
-_GROUPS = {"pass": "ntc.passes", "recipe": "ntc.recipes", "backend": "ntc.backends", "command": "ntc.commands"}
+_GROUPS = {
+    "pass": "ntc.passes", "recipe": "ntc.recipes", "backend": "ntc.backends", "executor": "ntc.executors", "command": "ntc.commands",
+}  # fmt: skip
 
 
 @runtime_checkable
@@ -159,6 +162,19 @@ def _configured(name: str, loaded: Any, values: Mapping[str, Any]) -> Any:
         return options(**values)  # type: ignore[misc]  # known is not empty: it is a dataclass
     except (TypeError, ValueError) as error:
         raise ConfigError(f"back end {name}: {error}") from error
+
+
+def executor(name: str) -> Executor:
+    """The executor of that name, made anew: it belongs to one artefact."""
+    from ntc.executors import Executor
+
+    loaded = _load("executor", name)
+    if not (isinstance(loaded, type) and issubclass(loaded, Executor)):
+        raise ConfigError(f"entry point {name} of group ntc.executors is no subclass of ntc.executors.Executor")
+    try:
+        return loaded()
+    except Exception as error:
+        raise ConfigError(f"executor {name} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def command(name: str) -> Callable[[Any], object]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.errors import BackendError
+from ntc.errors import DisagreementError
 from ntc.meta import where
 from ntc.program import Program, interpret
 from ntc_backends.nir_index import Measured
@@ -60,7 +60,7 @@ def compare(
         Per part, one comparison per reading.
 
     Raises:
-        BackendError: If spikes of a population that should be exact differ, and not by rounding.
+        DisagreementError: If spikes of a population that should be exact differ, and not by rounding.
     """
     result: dict[str, list[Measured]] = {}
     needs: dict[str, list[_Watch]] = {}
@@ -98,7 +98,7 @@ def _measure(
         explained = _explained(program, node, seen, first) if exact(node, reading) and first.any() else 0
         unexplained = int(first.sum()) - explained
         if exact(node, reading) and unexplained:
-            raise BackendError(
+            raise DisagreementError(
                 f"{unexplained} of {other.size} spikes in the NIR file of {part.name} are not those of the program, and rounding does not "
                 f"explain it: {where(node)}"
             )
@@ -112,7 +112,7 @@ def _measure(
             expected, got = seen[node.name][:, same], found[node.name][:, same]
             error, limit = float(np.abs(expected - got).max()), _rounding_of(program, node, seen)
             if error > limit:
-                raise BackendError(
+                raise DisagreementError(
                     f"currents in the NIR file of {part.name} are off by {error:.3g}, and rounding explains {limit:.3g}: {where(node)}"
                 )
             worst = max(worst or 0.0, error / max(float(np.abs(expected).max()), 1e-30))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.errors import BackendError
-from ntc.meta import TYPE, where
-from ntc.ops import spec_of
+from ntc.errors import BackendError, DisagreementError
+from ntc.meta import where
 from ntc.program import Program, interpret
-from ntc.spike_type import SpikeType
+from ntc.recording import populations
+from ntc_backends.onnx_run import Exposed, session
 from ntc_backends.onnx_writer import EXTERNAL_BYTES
 
 __all__ = ["Tolerance", "check", "compare", "verdict"]
@@ -76,7 +76,7 @@ def check(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance | N
     if _computes_with_integers(program):
         return {"checker": "ok", **_identical(path, program, tokens)}
     held = _held(path, program, tokens, tolerance)
-    report = {"checker": "ok", **compare(_session(path), program, tokens), "held": held, "tolerance": asdict(tolerance)}
+    report = {"checker": "ok", **compare(session(path), program, tokens), "held": held, "tolerance": asdict(tolerance)}
     if report["top1_agreement"] < tolerance.top1:
         logger.warning(
             "ONNX Runtime and the program give the same token at %.2f %% of the positions only, although every population agrees "
@@ -105,26 +105,13 @@ def _computes_with_integers(program: Program) -> bool:
 
 def _identical(path: Path, program: Program, tokens: Tensor) -> dict[str, Any]:
     """Integers do not depend on the order of sums: nothing may differ, and no population has to be held to the program's spikes."""
-    report = compare(_session(path), program, tokens)
+    report = compare(session(path), program, tokens)
     if report["max_abs_logit_difference"] != 0:
-        raise BackendError(
+        raise DisagreementError(
             "ONNX Runtime disagrees with the program, which computes with integers, so that nothing may differ: logits differ by up to "
             f"{report['max_abs_logit_difference']:.3g}"
         )
     return report
-
-
-def _session(model: Path | bytes) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    given = str(model) if isinstance(model, Path) else model
-    try:
-        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own kinds
-        raise BackendError(f"ONNX Runtime cannot load the model: {error}") from error
 
 
 def compare(session: Any, program: Program, tokens: Tensor) -> dict[str, Any]:
@@ -139,7 +126,7 @@ def compare(session: Any, program: Program, tokens: Tensor) -> dict[str, Any]:
             expected = program(ids)
         result = torch.from_numpy(session.run(["logits"], {"input_ids": ids.to(torch.int64).numpy()})[0])
         if result.shape != expected.shape:
-            raise BackendError(f"ONNX Runtime gives logits of shape {list(result.shape)}, the program {list(expected.shape)}")
+            raise DisagreementError(f"ONNX Runtime gives logits of shape {list(result.shape)}, the program {list(expected.shape)}")
         differences.append((result - expected).abs().amax(-1).flatten())
         same += int((result.argmax(-1) == expected.argmax(-1)).sum())
         largest = max(largest, float(expected.abs().max()))
@@ -154,8 +141,7 @@ def _held(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance) ->
 
     The edges behind the populations are cut: what a population fires is an output, what its readers see is an input.
     """
-    trains = {n.name: n for n in program.graph.nodes if n.op == "call_function" and isinstance(n.meta.get(TYPE), SpikeType)}
-    trains = {k: n for k, n in trains.items() if (s := spec_of(n)) is not None and s.element == "population"}
+    trains = populations(program)
     per_token = sum(math.prod(int(x) for x in (n.meta["val"].shape[0], n.meta["val"].shape[-1])) for n in trains.values())
     ids = tokens[:1, : max(8, _HELD // max(1, per_token))]
     expected: dict[str, Tensor] = {}
@@ -166,54 +152,27 @@ def _held(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance) ->
 
     with torch.no_grad():
         logits = interpret(program, ids, keep)
-    got = _run_cut(path, list(trains), {"input_ids": ids.to(torch.int64), **expected})
-    difference = float((got["logits"] - logits).abs().max())
+    found, got = Exposed(path, trains, cut=True).run(ids, expected)
+    difference = float((found - logits).abs().max())
     differing = {name: int((got[name] != value).sum()) for name, value in expected.items()}
     report = {
         "tokens": ids.numel(), "max_abs_logit_difference": difference,
-        "top1_agreement": float((got["logits"].argmax(-1) == logits.argmax(-1)).double().mean()),
+        "top1_agreement": float((found.argmax(-1) == logits.argmax(-1)).double().mean()),
         "spikes": sum(v.numel() for v in expected.values()), "spike_mismatches": sum(differing.values()),
     }  # fmt: skip
     for name, count in differing.items():
         allowed = max(tolerance.ties, math.floor(tolerance.spikes * expected[name].numel()))
         if count > allowed:
-            raise BackendError(
+            raise DisagreementError(
                 f"ONNX Runtime disagrees with the program: on equal input {count} of {expected[name].numel()} spikes differ "
                 f"(limit {allowed}) at {where(trains[name])}"
             )
     limit = tolerance.logits * (1.0 + float(logits.abs().max()))
     if not difference <= limit:  # also if it is NaN
-        raise BackendError(
+        raise DisagreementError(
             f"ONNX Runtime disagrees with the program: on equal spikes the logits differ by {difference:.3g} (limit {limit:.3g})"
         )
     if round((1 - report["top1_agreement"]) * ids.numel()) > max(1, math.floor((1 - tolerance.top1) * ids.numel())):
-        raise BackendError(f"ONNX Runtime gives the same token at {report['top1_agreement']:.2%} of the positions only, on equal spikes")
+        share = report["top1_agreement"]
+        raise DisagreementError(f"ONNX Runtime gives the same token at {share:.2%} of the positions only, on equal spikes")
     return report
-
-
-def _run_cut(path: Path, cut: Sequence[str], feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run a model file with the values of the nodes ``cut`` fed in; returns the logits and what those nodes made themselves."""
-    model = onnx.load(path, load_external_data=False)
-    known = {i.name: i for i in model.graph.value_info}
-    nodes = {n.name: n for n in model.graph.node}
-    values: dict[str, str] = {}
-    for name in cut:
-        if name not in nodes or (value := nodes[name].output[0]) not in known:
-            raise BackendError(f"the model has no node {name} with a known shape")
-        values[name] = value
-        model.graph.input.append(known[value])
-        own = model.graph.output.add()
-        own.CopyFrom(known[value])
-        own.name = nodes[name].output[0] = f"{value}.own"
-    kept = [i for i in model.graph.value_info if i.name not in values.values()]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(kept)
-    beside = path.with_name(f".{path.name}.held")  # beside the file: that is where its external weights are looked for
-    try:
-        beside.write_bytes(model.SerializeToString())
-        del model
-        wanted = ["logits", *(f"{v}.own" for v in values.values())]
-        results = _session(beside).run(wanted, {values.get(k, k): v.numpy() for k, v in feeds.items()})
-    finally:
-        beside.unlink(missing_ok=True)
-    return dict(zip(["logits", *values], map(torch.from_numpy, results), strict=True))

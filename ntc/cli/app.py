@@ -25,6 +25,7 @@ from ntc.cli import (
     generate_command,
     list_commands,
     quantize_command,
+    verify_command,
 )
 from ntc.cli.plugin_commands import CommandGroup
 from ntc.errors import NtcError
@@ -60,7 +61,7 @@ def _ntc(
 
 for _module in (
     check_command, compile_command, finetune_command, quantize_command, evaluate_command, generate_command, energy_command, export_command,
-    explain_command, list_commands,
+    verify_command, explain_command, list_commands,
 ):  # fmt: skip
     _module.add_to(app)
 

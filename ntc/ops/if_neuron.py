@@ -33,7 +33,7 @@ from ntc.surrogate import surrogate
 
 __all__ = [
     "IF_NEURON", "check_constant", "check_per_channel", "check_start_value", "check_threshold", "check_threshold_value", "count_oracle",
-    "integrate_fire",
+    "integrate_fire", "membrane",
 ]  # fmt: skip
 
 
@@ -190,6 +190,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 integrate_fire.register_autograd(_backward, setup_context=_setup)
 
 
+def membrane(arguments: Sequence[Any], spikes: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """The membrane u(t) of a neuron that has fired ``spikes``, whatever it would have fired itself: for ``OpSpec.membrane``."""
+    current, threshold, v0, _, signed, timed = arguments[:6]
+    v, potentials = torch.zeros_like(spikes[0]) + v0 * threshold, []
+    for t, s in enumerate(spikes):
+        u = v + (current[t] if timed else current)
+        potentials.append(u)
+        v = u - s * threshold
+    return torch.stack(potentials), (threshold, torch.zeros_like(threshold)) if signed else (threshold,)
+
+
 def count_oracle(current: Tensor, threshold: Tensor, v0: Tensor, steps: int, signed: bool) -> Tensor:
     """Number of spikes for a constant current, in closed form (float64).
 
@@ -261,7 +272,7 @@ def _onnx(signed: bool, is_timed: bool) -> str:
 IF_NEURON = register(
     OpSpec(
         target=torch.ops.ntc.integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons",
-        traced=traced.integrate_fire,
+        traced=traced.integrate_fire, membrane=membrane,
         onnx="".join(_onnx(signed, is_timed) for signed in (False, True) for is_timed in (False, True)),
     )
 )

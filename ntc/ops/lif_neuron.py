@@ -30,7 +30,7 @@ from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import Analog, CurrentType, NodeType, SpikeType
 from ntc.surrogate import surrogate
 
-__all__ = ["LIF_NEURON", "first_spike_oracle", "leaky_integrate_fire"]
+__all__ = ["LIF_NEURON", "first_spike_oracle", "leaky_integrate_fire", "membrane"]
 
 
 def _check(current: Tensor, threshold: Tensor, tau: Tensor, v0: Tensor) -> None:
@@ -127,6 +127,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 leaky_integrate_fire.register_autograd(_backward, setup_context=_setup)
 
 
+def membrane(arguments: Sequence[Any], spikes: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """The membrane u(t) of a neuron that has fired ``spikes``, whatever it would have fired itself: for ``OpSpec.membrane``."""
+    current, threshold, tau, v0, _, hard, timed = arguments[:7]
+    v, potentials = torch.zeros_like(spikes[0]) + v0 * threshold, []
+    for t, s in enumerate(spikes):
+        u = v + ((current[t] if timed else current) - v) / tau
+        potentials.append(u)
+        v = u * (1 - s) if hard else u - s * threshold
+    return torch.stack(potentials), (threshold,)
+
+
 def first_spike_oracle(current: Tensor, threshold: Tensor, tau: float) -> Tensor:
     """Step (from 1) of the first spike for a constant current, infinity where there is none (float64).
 
@@ -195,7 +206,7 @@ def _onnx(hard: bool, is_timed: bool) -> str:
 LIF_NEURON = register(
     OpSpec(
         target=torch.ops.ntc.leaky_integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons",
-        traced=traced.leaky_integrate_fire,
+        traced=traced.leaky_integrate_fire, membrane=membrane,
         onnx="".join(_onnx(hard, is_timed) for hard in (False, True) for is_timed in (False, True)),
     )
 )  # fmt: skip

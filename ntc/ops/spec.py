@@ -85,6 +85,7 @@ class Operand:
 
 Element: TypeAlias = Literal["population", "projection", "dynamic_product", "decode", "scale", "host"]
 TypeRule: TypeAlias = Callable[[Node, Callable[[Node], NodeType]], NodeType]
+MembraneRule: TypeAlias = Callable[[Sequence[Any], Tensor], tuple[Tensor, tuple[Any, ...]]]
 CountRule: TypeAlias = Callable[[Node, Sequence[Operand], Operand, dict[str, float]], Counts]
 
 
@@ -105,6 +106,9 @@ class OpSpec:
             has variants, told apart by their ``overload``.
         traced: For ops of ours: the same function of the same arguments in plain torch operations, differentiable and open to
             ``torch.compile``, which training runs in place of the kernel; None = training runs the kernel and its gradient.
+        membrane: Of populations: from the arguments and a train that was fired, the membrane before each decision, ``[T, ...]``, and the
+            potentials from which on one spike more is fired, the highest one first; None = ties at a threshold cannot be told from
+            mistakes (``ntc.rounding``).
         bound: Of the integer grade: the interval of the result and of what is held inside, from those of the arguments
             (``ntc.ops.interval``); None = the op has no integer form.
     """
@@ -117,6 +121,7 @@ class OpSpec:
     kind: str = "elementwise"
     onnx: str | None = None
     traced: Callable[..., Tensor] | None = None
+    membrane: MembraneRule | None = None
     bound: BoundRule | None = None
 
 

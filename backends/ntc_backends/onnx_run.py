@@ -1,0 +1,117 @@
+"""Model files in ONNX Runtime: as they are, with the spikes of every population among their outputs, or cut behind the populations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.errors import BackendError, DisagreementError
+from ntc_backends.onnx_writer import onnx_type
+
+__all__ = ["Exposed", "session"]
+
+
+def session(model: Path | bytes, folder: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        model: A file, or its bytes.
+        folder: Where the external weights of bytes are.
+
+    Raises:
+        BackendError: If ONNX Runtime cannot load it.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    given = str(model) if isinstance(model, Path) else model
+    try:
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own kinds
+        raise BackendError(f"ONNX Runtime cannot load the model: {error}") from error
+
+
+class Exposed:
+    """A model file whose populations are seen.
+
+    The file is changed in memory only: what a population fires becomes an output. With ``cut`` the edge behind it is cut, too: what its
+    readers see is an input.
+
+    Attributes:
+        counts: Populations that the file runs in closed form: their value is the number of spikes ``[B, L, C]`` and not a train.
+    """
+
+    def __init__(self, path: Path, populations: Mapping[str, Node], *, cut: bool) -> None:
+        """Load the model.
+
+        Args:
+            path: The file; external weights lie beside it.
+            populations: Nodes of the program by name: nodes of the file have the same names.
+            cut: Whether to cut.
+
+        Raises:
+            DisagreementError: If the file has no such node.
+            BackendError: If ONNX Runtime cannot load it.
+        """
+        try:
+            model = onnx.load(path, load_external_data=False)
+        except Exception as error:  # protobuf's own kinds
+            raise BackendError(f"it cannot be read: {error}") from error
+        nodes = {n.name: n for n in model.graph.node}
+        self.cut = cut
+        self.counts: set[str] = set()
+        self._values: dict[str, str] = {}
+        self._outputs: dict[str, str] = {}
+        self._dtypes = {name: torch.int32 if self._is_count(nodes, name) else n.meta["val"].dtype for name, n in populations.items()}
+        for name, node in populations.items():
+            value = nodes[name].output[0]
+            self._values[name], self._outputs[name] = value, f"{value}.own" if cut else value
+            steps = [] if name in self.counts else [int(node.meta["val"].shape[0])]
+            shape = [*steps, "batch", "sequence", int(node.meta["val"].shape[-1])]
+            if cut:
+                model.graph.input.append(helper.make_tensor_value_info(value, onnx_type(self._dtypes[name]), shape))
+                nodes[name].output[0] = self._outputs[name]
+            model.graph.output.append(helper.make_tensor_value_info(self._outputs[name], onnx_type(self._dtypes[name]), shape))
+        known = set(self._values.values())
+        kept = [i for i in model.graph.value_info if i.name not in known]
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(kept)
+        self._session = session(model.SerializeToString(), path.parent)
+
+    def _is_count(self, nodes: Mapping[str, onnx.NodeProto], name: str) -> bool:
+        if name not in nodes:
+            raise DisagreementError(f"the model has no node {name}")
+        if "count" in nodes[name].overload.split("."):
+            self.counts.add(name)
+        return name in self.counts
+
+    def run(self, ids: Tensor, trains: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and what each population fires.
+
+        Args:
+            ids: ``[B, L]``.
+            trains: If the model is cut, what readers of the populations see, ``[T, B, L, C]``.
+
+        Raises:
+            BackendError: If ONNX Runtime fails.
+        """
+        feeds = {"input_ids": ids.to(torch.int64).numpy()}
+        for name, train in (trains or {}).items():
+            value = train.sum(0, dtype=torch.int32) if name in self.counts else train.to(self._dtypes[name])
+            feeds[self._values[name]] = value.numpy()
+        try:
+            logits, *found = self._session.run(["logits", *self._outputs.values()], feeds)
+        except Exception as error:  # onnxruntime's own kinds
+            raise BackendError(f"ONNX Runtime cannot run the model: {error}") from error
+        return torch.from_numpy(logits), dict(zip(self._outputs, map(torch.from_numpy, found), strict=True))

@@ -1,0 +1,79 @@
+"""The program's own run, kept: what executors of its artefacts are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.ops import spec_of
+from ntc.program import Program, interpret
+
+__all__ = ["Grade", "Recorded", "grade_of", "populations", "record"]
+
+Grade: TypeAlias = Literal["integer", "float"]
+
+
+def populations(program: Program) -> dict[str, Node]:
+    """Its populations by name, in the order of the graph."""
+    return {n.name: n for n in program.graph.nodes if (s := spec_of(n)) is not None and s.element == "population"}
+
+
+def grade_of(program: Program) -> Grade:
+    """Whether it computes with integers from token ids to logits."""
+    return "integer" if program.results[0].target is torch.ops.ntc.from_integer.default else "float"
+
+
+@dataclass
+class Recorded:
+    """The program's own run on a batch.
+
+    Attributes:
+        ids: ``[B, L]``.
+        first: Number of the first sequence.
+        logits: ``[B, L, V]``.
+        trains: By population, ``[T, B, L, C]``, int8.
+        arguments: What each population was called with; only of floating-point programs.
+        values: Values of the other nodes asked for.
+    """
+
+    ids: Tensor
+    first: int
+    logits: Tensor
+    trains: dict[str, Tensor] = field(default_factory=dict)
+    arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def one(self) -> Recorded:
+        """Its first sequence."""
+
+        def cut(value: Any) -> Any:
+            return value.narrow(value.dim() - 3, 0, 1) if isinstance(value, Tensor) and value.dim() >= 3 else value
+
+        trains = {name: cut(train) for name, train in self.trains.items()}
+        arguments = {name: tuple(map(cut, given)) for name, given in self.arguments.items()}
+        values = {name: cut(value) for name, value in self.values.items()}
+        return Recorded(self.ids[:1], self.first, self.logits[:1], trains, arguments, values)
+
+
+def record(program: Program, ids: Tensor, first: int, wanted: Sequence[str] = ()) -> Recorded:
+    """Run the program and keep what is compared with, and the values of the nodes ``wanted``."""
+    nodes, keep = populations(program), frozenset(wanted)
+    result = Recorded(ids, first, torch.empty(0))
+    floating = grade_of(program) == "float"
+
+    def visit(node: Node, args: tuple[Any, ...], value: Any) -> None:
+        if node.name in nodes:
+            result.trains[node.name] = value.to(torch.int8)
+            if floating:
+                result.arguments[node.name] = args
+        if node.name in keep:
+            result.values[node.name] = value
+
+    with torch.no_grad():
+        result.logits = interpret(program, ids, visit)
+    return result
