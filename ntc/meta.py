@@ -34,8 +34,8 @@ import torch
 from torch.fx import Graph, Node
 
 __all__ = [
-    "MADE_BY", "MODULE", "NAME", "NEURON", "ORIGIN", "SCALE", "SOURCE", "STATE", "STATS", "TYPE", "NeuronSpec", "block_of", "building",
-    "module_of", "source_of", "stamp_captured", "where",
+    "MADE_BY", "MODULE", "NAME", "NEURON", "ORIGIN", "SCALE", "SOURCE", "STATE", "STATS", "TYPE", "NeuronSpec", "block_in", "block_of",
+    "building", "module_of", "source_of", "stamp_captured", "where",
 ]  # fmt: skip
 
 ORIGIN = "ntc.origin"
@@ -113,7 +113,12 @@ _BLOCK = re.compile(r"^(?P<block>(?:.*\.)?(?:h|layers|blocks|layer|block)\.\d+)(
 
 def block_of(node: Node) -> str:
     """The transformer block that a node lies in, such as ``transformer.h.0``; empty outside of blocks."""
-    found = _BLOCK.match(module_of(node))
+    return block_in(module_of(node))
+
+
+def block_in(module: str) -> str:
+    """The transformer block that a module lies in: ``transformer.h.0`` of ``transformer.h.0.mlp``; empty outside of blocks."""
+    found = _BLOCK.match(module)
     return found["block"] if found else ""
 
 
