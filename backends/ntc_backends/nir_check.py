@@ -156,7 +156,7 @@ def _explained(program: Program, node: Node, seen: dict[str, Array], other: Arra
     unit = float(np.finfo(neuron.threshold.dtype).eps) / 2
     bound = unit * (terms + 3 * neuron.steps + 4) * (size.max(axis=0) + (neuron.steps + 1) * theta)
     near = _margin(neuron, channel, x, theta) <= bound
-    return int((other[:, *places].sum(axis=0) * near).sum())
+    return int((other.sum(axis=0)[places] * near).sum())
 
 
 def _currents(program: Program, node: Node, seen: dict[str, Array], places: tuple[Array, ...]) -> tuple[Array, Array, int]:

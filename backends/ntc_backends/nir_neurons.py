@@ -130,7 +130,8 @@ def neuron_of(program: Program, node: Node, dtype: Any = None) -> Neuron:
 
 def below(value: Array) -> Array:
     """One floating-point step lower, so that ``u >= value`` is ``u > result`` for every u of that dtype."""
-    return np.nextafter(value, value.dtype.type(-np.inf))
+    lower: Array = np.nextafter(value, value.dtype.type(-np.inf))
+    return lower
 
 
 def loop_threshold(neuron: Neuron) -> Array:
