@@ -97,7 +97,7 @@ def test_files_have_the_spikes_and_currents_of_the_program(kind: str) -> None:
 
 
 def test_float32_differs_by_rounding_only(tmp_path: Path) -> None:
-    """Thresholds that are no binary fraction and currents that often meet them: counts divided by the position (position scale)."""
+    """The export fails for any spike whose membrane is not within rounding of its threshold; few are."""
     double = program("ternary")
     single = double.with_graph(double.copy().graph, {name: tensor.float() for name, tensor in double.tensors.items()})
     single.refresh()
