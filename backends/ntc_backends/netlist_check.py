@@ -134,12 +134,16 @@ class _Shapes:
         self.integer = netlist.conventions.rounding == "integer"
 
     def check(self) -> None:
-        for table, one in (
-            (self.netlist.projections, self.projection), (self.netlist.populations, self.population),
-            (self.netlist.dynamic_products, self.product), (self.netlist.scales, self.scale), (self.netlist.decodes, self.decode),
-        ):  # fmt: skip
-            for element in table:
-                one(element)  # type: ignore[operator]
+        for projection in self.netlist.projections:
+            self.projection(projection)
+        for population in self.netlist.populations:
+            self.population(population)
+        for product in self.netlist.dynamic_products:
+            self.product(product)
+        for scale in self.netlist.scales:
+            self.scale(scale)
+        for decode in self.netlist.decodes:
+            self.decode(decode)
         for island in self.netlist.host:
             for endpoint in island.inputs.values():
                 self.steps(endpoint, 0, f"an input of {island.name}")

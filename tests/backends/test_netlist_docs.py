@@ -47,6 +47,38 @@ def test_snippet() -> None:
     assert found["h_0_attn_attention_ssa_spikes"] == (32, 0)
 
 
+def test_worked_example_of_integers() -> None:
+    """The objects are valid, spikes, membranes and counts are those of the page, and so are the widths."""
+    example = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.S)[1])
+    for projection in example["projections"]:
+        schema.Projection.model_validate(projection)
+    schema.Population.model_validate(example["populations"][0])
+    schema.Decode.model_validate(example["decodes"][0])
+    executor = Executor.__new__(Executor)
+    executor.events, executor.integer, executor.net = {}, True, {}
+    executor.tensors = {
+        "fc.weight": torch.tensor([[32, 0, 16], [127, 0, 127]], dtype=torch.int8), "proj.weight": torch.tensor([[1, 2], [3, -4], [-127, 5]], dtype=torch.int8),
+        "fc.threshold": torch.tensor([2048, 2032]), "fc.start": torch.tensor([1024, 1016]),
+    }  # fmt: skip
+    fc, proj = example["projections"]
+    current = executor.projections(fc, torch.tensor([[[16, 0, 32]]]))
+    assert current.flatten().tolist() == [1024, 6096]
+    spikes = executor.populations(example["populations"][0], current)
+    assert spikes[:, 0, 0].T.tolist() == [[1, 0, 1, 0], [1, 1, 1, 1]]
+    counts = executor.decodes(example["decodes"][0], spikes)
+    assert counts.flatten().tolist() == [2, 4]
+    assert executor.projections(proj, counts).flatten().tolist() == [10, -10, -234]
+    v, rows = torch.tensor([1024, 1016]), []
+    for s in spikes[:, 0, 0]:
+        u = v + current.flatten()
+        v = u - s * executor.tensors["fc.threshold"]
+        rows.append([*(f"{int(a)}" for pair in zip(u, s, v, strict=True) for a in pair)])
+    table = PAGE.split("at each step:")[1].split("The counts are")[0].replace("1024 + 1024 = ", "")
+    said = [re.findall(r"-?\d+", line)[1:] for line in table.splitlines() if re.match(r"\| \d", line)]
+    assert said == rows
+
+
+
 def test_worked_example() -> None:
     """The objects are valid, and the neurons fire as the page says."""
     example = json.loads(code("json"))

@@ -186,10 +186,10 @@ def test_every_byte_of_a_tensor_is_under_a_hash(tmp_path: Path) -> None:
     blob = folder / "netlist.safetensors"
     raw = blob.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
-    for at in (*range(start, len(raw), 97), len(raw) - 1):
+    for at in (*range(start, len(raw), 199), len(raw) - 1):
         blob.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
         assert "tensor constant_" in refusal(folder)
-    for at in range(8, start):  # of the header
+    for at in range(8, start, 5):  # of the header
         blob.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
         refusal(folder)
     for size in range(0, len(raw), 211):
@@ -198,18 +198,24 @@ def test_every_byte_of_a_tensor_is_under_a_hash(tmp_path: Path) -> None:
 
 
 def test_sizes_that_are_none(tmp_path: Path) -> None:
-    for strange in STRANGE:
-        for path in (("time", "steps"), ("blob", "bytes"), ("model", "context"), ("populations", 0, "steps"), ("dynamic_products", 0, "heads")):
+    paths: tuple[tuple[Any, ...], ...] = (
+        ("time", "steps"), ("blob", "bytes"), ("model", "context"), ("populations", 0, "steps"), ("dynamic_products", 0, "heads"),
+    )  # fmt: skip
+    for path in paths:
+        for strange in STRANGE:
+            right: list[Any] = []
 
-            def change(data: Any, path: Any = path, strange: Any = strange) -> None:
+            def change(data: Any, path: Any = path, strange: Any = strange, right: list[Any] = right) -> None:
                 for key in path[:-1]:
                     data = data[key]
+                right.append(data[path[-1]])
                 data[path[-1]] = strange
 
+            folder = edited(tmp_path, change)
             with limited(f"{path} = {strange!r}"):
                 try:
-                    load_netlist(edited(tmp_path, change), verify_hashes=False)
+                    load_netlist(folder, verify_hashes=False)
                 except ntc.ArtifactError as error:
                     one_sentence(error)
                 else:
-                    assert path == ("model", "context") and type(strange) is int and strange >= 0
+                    assert type(strange) is int and (strange == right[0] or (path == ("model", "context") and strange >= 0))
