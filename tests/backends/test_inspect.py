@@ -20,6 +20,7 @@ from ntc.errors import ArtifactError, BackendError
 from ntc.observe import Activity, observe
 from ntc.ops import if_neuron, integer_fire, lif_neuron  # noqa: F401  # registers the ops
 from ntc.program import Program, interpret
+from ntc.proof import KEY
 from ntc_backends.inspect_page import activity, picture
 from ntc_backends.inspect_page.activity import run
 from ntc_backends.inspect_page.document import MARK, page
@@ -258,7 +259,7 @@ def test_verification_is_shown_whatever_it_found(subject: Subject) -> None:
     assert "ntc verify" in Parsed(page(subject, None, {})).text
     target = {"verdict": "differs", "agrees": False, "reason": "because of %x", "spike_mismatches": 1234567, "compared": 2000000,
               "max_logit_diff": 0.0625, "top1_agreement": 0.5, "held": {"spike_mismatches": 77}}  # fmt: skip
-    more = {**subject.manifest, "verify": {"targets": {"onnx": target, "nir": {"verdict": "unsupported"}}}}
+    more = {**subject.manifest, KEY: {"targets": {"onnx": target, "nir": {"verdict": "unsupported"}}}}
     text = Parsed(page(Subject(**{**vars(subject), "manifest": more}), None, {})).text
     for shown in ("differs", "because of %x", "1,234,567", "2,000,000", "0.0625", "50.00 %", "77", "unsupported"):
         assert shown in text, shown

@@ -62,11 +62,14 @@ class Opened:
         self.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def too_wide(self) -> list[str]:
-        """What reaches beyond the right edge of the window, but for what scrolls by itself."""
+        """What can be seen to reach beyond the right edge of the window; what scrolls or is cut by itself ends where that does."""
         found: list[str] = self.page.evaluate(
             """() => [...document.body.querySelectorAll('*')].filter((e) => {
                 const box = e.getBoundingClientRect();
-                return box.width && box.right > document.documentElement.clientWidth + 1 && !e.closest('.scroll, pre, .hidden');
+                let right = box.right;  // of what can be seen of it
+                for (let p = e.parentElement; p; p = p.parentElement)
+                    if (getComputedStyle(p).overflowX !== 'visible') right = Math.min(right, p.getBoundingClientRect().right);
+                return box.width && right > document.documentElement.clientWidth + 1;
             }).map((e) => e.tagName + '.' + e.getAttribute('class') + ' ' + e.textContent.slice(0, 40))"""
         )
         return found

@@ -107,5 +107,5 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         rows.add_row("tokens run", count(result["tokens"]))
         rows.add_row("spikes", count(result["spikes"]))
         rows.add_row("firing rate", percent(result["firing_rate"]))
-        rows.add_row("silent, saturated neurons", f"{count(result['dead'])}, {count(result['saturated'])}")
+        rows.add_row("dead, saturated neurons", f"{count(result['dead'])}, {count(result['saturated'])}")
     console.print(rows)

@@ -42,7 +42,7 @@ def headline(subject: Subject, flow: Flow, fired: Mapping[str, Fired]) -> list[t
         events = spikes / sum(f.element.size * f.tokens for f in fired.values())
         found.append((rate_text(rate), "firing rate", f"{events:.2f} spikes per value, {spikes:,} spikes"))
         dead, saturated = (sum(getattr(f, key) for f in fired.values()) for key in ("dead", "saturated"))
-        found.append((f"{dead:,}", "silent neurons", f"and {saturated:,} saturated, on this prompt"))
+        found.append((f"{dead:,}", "dead neurons", f"and {saturated:,} saturated, on this prompt"))
     return found
 
 
@@ -113,8 +113,10 @@ def pass_rows(subject: Subject) -> list[dict[str, Any]]:
 
 def verify_rows(subject: Subject) -> list[dict[str, Any]]:
     """What ``ntc verify`` left in the manifest: one row per artefact; empty if it has not run."""
-    found = subject.manifest.get("verify")
-    targets = found.get("targets", found) if isinstance(found, Mapping) else {}
+    from ntc.proof import KEY
+
+    found = subject.manifest.get(KEY)
+    targets = found.get("targets", {}) if isinstance(found, Mapping) else {}
     rows = []
     for name, target in targets.items():
         if not isinstance(target, Mapping):
@@ -125,7 +127,7 @@ def verify_rows(subject: Subject) -> list[dict[str, Any]]:
             "name": name, "verdict": str(target.get("verdict", "")), "agrees": target.get("agrees"),
             "reason": str(target.get("reason", "")),
             "mismatches": target.get("spike_mismatches"), "compared": target.get("compared"), "held": held.get("spike_mismatches"),
-            "difference": target.get("max_logit_diff", target.get("max_abs_logit_difference")), "top1": target.get("top1_agreement"),
+            "difference": target.get("max_logit_diff"), "top1": target.get("top1_agreement"),
             "runs_in": str(target.get("runs_in", "")),
         })  # fmt: skip
     return rows
