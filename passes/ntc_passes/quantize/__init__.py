@@ -85,10 +85,8 @@ def _some(calibration: Calibration, tokens: int) -> tuple[Tensor, ...]:
     """Whole windows from the start, at most so many tokens, one window at least."""
     taken: list[Tensor] = []
     for batch in calibration.batches:
-        rows = min(len(batch), tokens // batch.shape[1])
-        if rows == 0 and not taken:
-            rows = 1
-        if rows == 0:
+        rows = min(len(batch), max(tokens // batch.shape[1], 0 if taken else 1))
+        if rows <= 0:
             break
         taken.append(batch[:rows])
         tokens -= taken[-1].numel()

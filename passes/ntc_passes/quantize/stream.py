@@ -49,7 +49,7 @@ def stream_exponent(program: Program, floating: Statistics) -> int:
             continue
         channels = max(channels, int(node.meta["val"].shape[-1]))
         if node.target is aten.embedding.default:
-            ranges[node] = floating.largest[node.args[0]] if node.args[0] in floating.largest else _table(program, node)
+            ranges[node] = _table(program, node)
         else:
             ranges[node] = sum(ranges[a] if a in ranges else _added(floating, a) for a in node.args[:2] if isinstance(a, Node))
     if not ranges:
@@ -65,8 +65,8 @@ def _table(program: Program, node: Node) -> float:
 
 
 def _added(floating: Statistics, node: Node) -> float:
-    """Range of a layer that is added: a power of two."""
-    return 2.0 ** math.ceil(math.log2(max(HEADROOM * floating.largest[node], 1e-30)))
+    """Range of a layer that is added: a power of two; a constant, which ``add`` refuses, has none."""
+    return 2.0 ** math.ceil(math.log2(max(HEADROOM * floating.largest.get(node, 0.0), 1e-30)))
 
 
 def embedding(work: Work, node: Node) -> Value:
