@@ -137,6 +137,7 @@ class Activity:
             self.nodes[node.name] = row
         if not row.countable:
             row.measured["flop_counter_macs"] = row.measured.get("flop_counter_macs", 0.0) + _torch_macs(node, args)
+        value = value[0] if isinstance(value, tuple) else value  # of an op with a state the other results are that
         if spec is None or spec.count is None or not isinstance(value, Tensor):
             return
         nodes = [a for a in node.args if isinstance(a, Node)]

@@ -72,6 +72,8 @@ class OnnxStreamingBackend:
         """
         if not program.state:
             raise BackendError("onnx-streaming writes a program with a state: run the pass to-streaming on it")
+        if program.results[0].target is torch.ops.ntc.from_integer.default:
+            raise BackendError("onnx-streaming does not write programs of integers yet: --emit onnx writes their parallel form")
         ids = program.example if tokens is None else torch.as_tensor(tokens)
         return publish(program, Path(folder), STREAMING, self.external_bytes, lambda path: check_stream(path, program, ids, self.tolerance))
 
@@ -83,7 +85,7 @@ def check_stream(path: Path, program: Program, tokens: Tensor, tolerance: Tolera
         path: The ``.onnx`` file; external weights lie beside it.
         program: The streaming program.
         tokens: Token ids ``[B, L]``; the first sequence is taken, half of it at once and half token by token.
-        tolerance: Limits, as those of the parallel form. A program of integers must agree in every bit.
+        tolerance: Limits, as those of the parallel form.
 
     Raises:
         BackendError: If the file is malformed, does not load, or disagrees.
@@ -96,13 +98,6 @@ def check_stream(path: Path, program: Program, tokens: Tensor, tolerance: Tolera
     ids = tokens[:1, :_CHECKED]
     report = {"checker": "ok", "tokens": ids.numel(), "state": [part.to_json() for part in program.state], "tolerance": asdict(tolerance)}
     free = _free(path, program, ids)
-    if program.results[0].target is torch.ops.ntc.from_integer.default:  # no sum of integers depends on its order
-        if free["max_abs_logit_difference"] != 0:
-            raise BackendError(
-                "ONNX Runtime disagrees with the program, which computes with integers, so that nothing may differ: logits differ by up to "
-                f"{free['max_abs_logit_difference']:.3g}"
-            )
-        return {**report, **free, "summary": f"checker ok; in ONNX Runtime {ids.numel()} tokens piece by piece give identical logits"}
     held = _held(path, program, ids, tolerance)
     summary = (
         f"checker ok; in ONNX Runtime the same top token at {free['top1_agreement']:.2%} of {ids.numel()} tokens given piece by piece; "

@@ -64,6 +64,11 @@ def _check(
         raise ValueError(f"the renewal has shape [1] or [{kv_heads}], one number per key head, and not {list(renewal.shape)}")
 
 
+def _check_position(position: Tensor) -> None:
+    if tuple(position.shape) != (1,) or position.dtype != torch.int64:
+        raise ValueError(f"the number of tokens so far is one int64 number, shape [1], and not {position.dtype} of {list(position.shape)}")
+
+
 def _renewed(memory: Tensor, renewal: Tensor, shift: int) -> Tensor:
     """M of ``[..., Hk, D, Dv]``, int64."""
     return round_shift(memory * renewal.to(torch.int64).view(-1, 1, 1), shift)
@@ -97,6 +102,14 @@ def integer_attention(
         ValueError: For shapes and dtypes that do not fit, or counts that int32 does not hold.
     """
     _check(query, key, value, heads, kv_heads, growth, renewal, shift)
+    return _run(query, key, value, None, heads, kv_heads, growth, renewal, shift, 0)[0]
+
+
+def _run(
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor | None, heads: int, kv_heads: int, growth: Tensor, renewal: Tensor | None,
+    shift: int, position: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Counts, and M after the last token; the tokens stand behind ``position`` others, after which M is ``state``."""
     period, length, groups = growth.shape[1], query.shape[-2], heads // kv_heads
     size = CHUNK if renewal is None else min(period, CHUNK)
     q, k, v = split_heads(query, heads), split_heads(key, kv_heads), split_heads(value, kv_heads)
@@ -104,23 +117,24 @@ def integer_attention(
     written = largest(key) * largest(value)
     scored = largest(query) * key.shape[-1] // kv_heads
     memory = torch.zeros((*k.shape[:-2], k.shape[-1], v.shape[-1]), dtype=torch.int64, device=query.device)
+    memory = memory if state is None else state.to(torch.int64)
     counts = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=torch.int64, device=query.device)
-    for start, stop in pairwise([*range(0, length, size), length]):
-        first = start % period
+    for start, stop in pairwise([0, *range(size - position % size, length, size), length]):  # chunks end where periods do
+        first = (position + start) % period
         weight = growth[:, first : first + stop - start] if renewal is not None else growth.expand(-1, stop - start)
         sum_of_weights = int(weight.abs().sum(1, dtype=torch.int64).max())
-        if renewal is not None and first == 0 and start:
+        if renewal is not None and first == 0 and position + start:
             memory = _renewed(memory, renewal, shift)
         q_part, k_part, v_part = (x[..., start:stop, :] for x in (q, k, v))
         grown = k_part.to(torch.int64) * weight.to(torch.int64).unsqueeze(-1)  # [..., Hk, c, D]
         scores = exact_matmul(q_part, _grouped(grown, groups).mT, scored * largest(key) * largest(weight)).tril_()
         inner = exact_matmul(scores, _grouped(v_part, groups), scored * written * sum_of_weights)
-        if start:
+        if position + start:
             inner += exact_matmul(q_part, _grouped(memory, groups), scored * largest(memory))
         counts[..., start:stop, :] = inner
-        if stop < length:
+        if stop < length or state is not None:
             memory = memory + exact_matmul(grown.mT, v_part, written * sum_of_weights)
-    return as_int32(merge_heads(counts), "a count of spiking attention").contiguous()
+    return as_int32(merge_heads(counts), "a count of spiking attention").contiguous(), memory
 
 
 @integer_attention.register_fake
@@ -134,9 +148,9 @@ def _fake(
 @torch.library.custom_op("ntc::integer_attention_stream", mutates_args=())
 def integer_attention_stream(
     query: Tensor, key: Tensor, value: Tensor, state: Tensor, heads: int, kv_heads: int, growth: Tensor, renewal: Tensor | None,
-    shift: int, position: int,
+    shift: int, position: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Causal SSA on integers, streaming form: the tokens given are the next ones of the sequence, taken one by one.
+    """Causal SSA on integers, streaming form: the tokens given are the next ones of the sequence.
 
     Args:
         query: Spikes ``[T, B, L, H D]``, L >= 1 new tokens.
@@ -148,7 +162,7 @@ def integer_attention_stream(
         growth: As of the parallel form.
         renewal: As of the parallel form.
         shift: As of the parallel form.
-        position: Number of tokens so far.
+        position: Number of tokens so far, int64 ``[1]``.
 
     Returns:
         Counts ``[T, B, L, H Dv]`` and the new state, int32. Cost per token does not depend on the length so far.
@@ -157,24 +171,18 @@ def integer_attention_stream(
         ValueError: As the parallel form, or for a state that int32 does not hold.
     """
     _check(query, key, value, heads, kv_heads, growth, renewal, shift)
-    q, k, v = (split_heads(x, n).to(torch.int64) for x, n in ((query, heads), (key, kv_heads), (value, kv_heads)))
-    memory, rows = state.to(torch.int64), []
-    for i in range(query.shape[-2]):
-        r = (position + i) % growth.shape[1]
-        if renewal is not None and r == 0 and position + i:
-            memory = _renewed(memory, renewal, shift)
-        memory = memory + growth[:, r].view(-1, 1, 1) * (k[..., i, :].unsqueeze(-1) * v[..., i, :].unsqueeze(-2))
-        rows.append((q[..., i, :].unsqueeze(-1) * _grouped(memory, heads // kv_heads)).sum(-2))
-    counts = as_int32(merge_heads(torch.stack(rows, dim=-2)), "a count of spiking attention")
-    return counts.contiguous(), as_int32(memory, "the memory of spiking attention").contiguous()
+    _check_position(position)
+    counts, memory = _run(query, key, value, state, heads, kv_heads, growth, renewal, shift, int(position))
+    return counts, as_int32(memory, "the memory of spiking attention").contiguous()
 
 
 @integer_attention_stream.register_fake
 def _fake_stream(
     query: Tensor, key: Tensor, value: Tensor, state: Tensor, heads: int, kv_heads: int, growth: Tensor, renewal: Tensor | None,
-    shift: int, position: int,
+    shift: int, position: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(query, key, value, heads, kv_heads, growth, renewal, shift)
+    _check_position(position)
     counts = query.new_empty((*query.shape[:-1], value.shape[-1] // kv_heads * heads), dtype=torch.int32)
     return counts, state.new_empty(state.shape, dtype=torch.int32)
 

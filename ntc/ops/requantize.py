@@ -27,7 +27,7 @@ from ntc.ops.interval import Bound, Inside, Interval, integers
 from ntc.ops.spec import Counts, Operand, OpSpec, register
 from ntc.spike_type import NodeType
 
-__all__ = ["REQUANTIZE", "by_position", "requantize"]
+__all__ = ["REQUANTIZE", "REQUANTIZE_STREAM", "by_position", "requantize", "requantize_stream"]
 
 
 def _check(x: Tensor, multiplier: Tensor, shift: int, low: int, high: int) -> None:
@@ -37,11 +37,12 @@ def _check(x: Tensor, multiplier: Tensor, shift: int, low: int, high: int) -> No
     check_range(low, high)
 
 
-def by_position(table: Tensor, length: int) -> Tensor:
-    """Row ``i mod R`` of a table ``[R, C]`` for each of ``i = 0 ... length - 1``; anything else as it is."""
+def by_position(table: Tensor, length: int, start: Tensor | None = None) -> Tensor:
+    """Row ``(start + i) mod R`` of a table ``[R, C]`` for each of ``i = 0 ... length - 1``; anything else as it is."""
     if table.dim() < 2 or table.shape[0] == 1:
         return table
-    return table[torch.arange(length, device=table.device) % table.shape[0]]
+    numbers = torch.arange(length, device=table.device)
+    return table[(numbers if start is None else numbers + start) % table.shape[0]]
 
 
 @torch.library.custom_op("ntc::requantize", mutates_args=())
@@ -62,12 +63,28 @@ def requantize(x: Tensor, multiplier: Tensor, shift: int, low: int, high: int) -
         ValueError: For shapes, dtypes or numbers out of range.
     """
     _check(x, multiplier, shift, low, high)
-    y = x.to(torch.int64) * by_position(multiplier, x.shape[-2])
-    return round_shift(y, shift).clamp_(low, high).to(dtype_of_range(low, high))
+    return _rounded(x, by_position(multiplier, x.shape[-2]), shift, low, high)
+
+
+def _rounded(x: Tensor, factor: Tensor, shift: int, low: int, high: int) -> Tensor:
+    return round_shift(x.to(torch.int64) * factor, shift).clamp_(low, high).to(dtype_of_range(low, high))
 
 
 @requantize.register_fake
 def _fake(x: Tensor, multiplier: Tensor, shift: int, low: int, high: int) -> Tensor:
+    _check(x, multiplier, shift, low, high)
+    return x.new_empty(x.shape, dtype=dtype_of_range(low, high))
+
+
+@torch.library.custom_op("ntc::requantize_stream", mutates_args=())
+def requantize_stream(x: Tensor, multiplier: Tensor, shift: int, low: int, high: int, start: Tensor) -> Tensor:
+    """The same for the next tokens of a sequence, the first of which stands at position ``start``, int64 ``[1]``."""
+    _check(x, multiplier, shift, low, high)
+    return _rounded(x, by_position(multiplier, x.shape[-2], start), shift, low, high)
+
+
+@requantize_stream.register_fake
+def _fake_stream(x: Tensor, multiplier: Tensor, shift: int, low: int, high: int, start: Tensor) -> Tensor:
     _check(x, multiplier, shift, low, high)
     return x.new_empty(x.shape, dtype=dtype_of_range(low, high))
 
@@ -93,4 +110,7 @@ def _bound(node: Node, context: int, x: Interval, multiplier: Tensor, shift: int
 
 REQUANTIZE = register(
     OpSpec(target=torch.ops.ntc.requantize.default, infer=_infer, count=_count, element="scale", kind="scale", bound=_bound)
+)
+REQUANTIZE_STREAM = register(
+    OpSpec(target=torch.ops.ntc.requantize_stream.default, infer=_infer, count=_count, element="scale", kind="scale")
 )

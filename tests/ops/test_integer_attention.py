@@ -74,7 +74,7 @@ def test_streaming_gives_the_same_integers_however_the_text_is_cut(case, data):
     state = torch.zeros(*q.shape[:2], kv_heads, k.shape[-1] // kv_heads, v.shape[-1] // kv_heads, dtype=torch.int32)
     parts = []
     for start, stop in pairwise(cuts):
-        y, state = integer_attention_stream(*(x[..., start:stop, :] for x in (q, k, v)), state, heads, kv_heads, growth, renewal, shift, start)
+        y, state = integer_attention_stream(*(x[..., start:stop, :] for x in (q, k, v)), state, heads, kv_heads, growth, renewal, shift, torch.tensor([start]))
         parts.append(y)
     assert torch.equal(torch.cat(parts, dim=-2), whole)
 
@@ -89,7 +89,7 @@ def test_long_texts_agree_across_chunks(length, period):
     q, v = q.repeat(1, 1, 1, 2), v
     whole = integer_attention(q, k, v, *arguments)
     state = torch.zeros(2, 1, 2, 8, 8, dtype=torch.int32)
-    assert torch.equal(integer_attention_stream(q, k, v, state, *arguments, 0)[0], whole)
+    assert torch.equal(integer_attention_stream(q, k, v, state, *arguments, torch.tensor([0]))[0], whole)
 
 
 def test_without_a_leak_it_counts_as_the_float_grade_does():
@@ -115,7 +115,7 @@ def test_opcheck_and_refusals():
     torch.library.opcheck(integer_attention, (q, k, v, 2, 2, growth, renewal, 3))
     torch.library.opcheck(integer_attention, (q, k, v, 2, 2, growth[:, :1], None, 3))
     state = torch.zeros(2, 1, 2, 4, 4, dtype=torch.int32)
-    torch.library.opcheck(integer_attention_stream, (q, k, v, state, 2, 2, growth, renewal, 3, 6))
+    torch.library.opcheck(integer_attention_stream, (q, k, v, state, 2, 2, growth, renewal, 3, torch.tensor([6])))
     for wrong, match in (
         ((q.float(), k, v, 2, 2, growth, renewal, 3), "query holds"), ((q, k, v, 2, 2, growth[0], renewal, 3), "growth has shape"),
         ((q, k, v, 2, 2, growth[:, :3], renewal, 3), "power of two"), ((q, k, v, 4, 4, growth, renewal, 3), r"\[4, R\]"),

@@ -18,9 +18,9 @@ After::
     %scaled = ntc.position_scale(%ssa, None, %position)
     return %logits, %position_next, %ssa_memory_next
 
-What a token takes from earlier ones becomes state: M of spiking attention, keys and values of softmax attention, the sums of keys
-of a row-sum scale, and the number of tokens so far, from which positions and rows of position tables are made (see
-``positions.py``). All else works on each token by itself and stays as it is.
+What a token takes from earlier ones becomes state: M of spiking attention (also of the integer grade), keys and values of softmax
+attention, the sums of keys of a row-sum scale, and the number of tokens so far, from which positions and rows of position tables are
+made (see ``positions.py``). All else works on each token by itself and stays as it is.
 
 The pass is exact up to rounding; but where products are added up in another order a spike may come a step earlier or later, so it
 is not declared exact. It checks itself instead, node by node and given equal spikes (see ``check.py``), and refuses a program in which
@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ntc.meta import MODULE, SOURCE, STATE, TYPE, building, module_of, source_of
+from ntc.meta import MODULE, SCALE, SOURCE, STATE, TYPE, building, module_of, source_of
 from ntc.ops import aten
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
@@ -65,8 +65,7 @@ class ToStreaming(Pass):
         edit = StateEdit(program)
         sites = shift_positions(program, edit.position, self.name)
         for node in list(program.graph.nodes):
-            if (form := _FORMS.get(node.target)) is not None:
-                form(edit, node)
+            if (form := _FORMS.get(node.target)) is not None and form(edit, node) is not False:
                 sites += 1
         edit.finish()
         program.refresh()
@@ -110,6 +109,7 @@ class StateEdit:
         with building(self.program.graph, before=node, stands_for=[node], by=ToStreaming.name) as call:
             several = call(target, *args, name=f"{node.name}_stream")
             first = call(operator.getitem, several, 0, name=node.name)
+            first.meta |= {key: node.meta[key] for key in (SCALE,) if key in node.meta}
             self.results += [call(operator.getitem, several, i, name=f"{part.name}_next") for i, part in enumerate(parts, 1)]
         node.replace_all_uses_with(first)
         self.program.graph.erase_node(node)
@@ -127,7 +127,7 @@ def _lead(value: torch.Tensor) -> tuple[int | str, ...]:
 
 def _wide(value: torch.Tensor) -> torch.dtype:
     """Sums over all tokens are held in float32 or better."""
-    return torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else torch.int32
+    return torch.promote_types(value.dtype, torch.float32)
 
 
 def _arguments(node: Node) -> tuple[Any, ...]:
@@ -146,11 +146,15 @@ def _attention(edit: StateEdit, node: Node) -> None:
     edit.replace(node, _OPS.attention_stream.default, parts, query, key, value, *parts, heads, kv_heads, scale)
 
 
+def _memory_shape(key: Node, value: Node, kv_heads: int) -> tuple[int | str, ...]:
+    """``[T, B, Hk, D, Dv]``."""
+    k, v = key.meta["val"], value.meta["val"]
+    return (*_lead(k), kv_heads, int(k.shape[-1]) // kv_heads, int(v.shape[-1]) // kv_heads)
+
+
 def _spiking_attention(edit: StateEdit, node: Node) -> None:
     query, key, value, heads, kv_heads, *leak = _arguments(node)
-    k, v = key.meta["val"], value.meta["val"]
-    shape = (*_lead(k), kv_heads, int(k.shape[-1]) // kv_heads, int(v.shape[-1]) // kv_heads)
-    memory = edit.part(f"{node.name}_memory", node.meta[TYPE], shape, _wide(k), node)
+    memory = edit.part(f"{node.name}_memory", node.meta[TYPE], _memory_shape(key, value, kv_heads), _wide(key.meta["val"]), node)
     edit.replace(node, _OPS.spiking_attention_stream.default, [memory], query, key, value, memory, heads, kv_heads, *leak)
 
 
@@ -165,10 +169,27 @@ def _position_scale(edit: StateEdit, node: Node) -> None:
     node.args = (node.args[0], node.args[1] if len(node.args) > 1 else None, edit.position)
 
 
-_FORMS: dict[Any, Callable[[StateEdit, Node], None]] = {
+def _integer_attention(edit: StateEdit, node: Node) -> None:
+    query, key, value, heads, kv_heads, *more = _arguments(node)
+    memory = edit.part(f"{node.name}_memory", node.meta[TYPE], _memory_shape(key, value, kv_heads), torch.int32, node)
+    target = _OPS.integer_attention_stream.default
+    edit.replace(node, target, [memory], query, key, value, memory, heads, kv_heads, *more, edit.position)
+
+
+def _requantize(edit: StateEdit, node: Node) -> bool:
+    multiplier: Any = node.args[1]
+    if multiplier.meta["val"].dim() < 2:  # the same at every position
+        return False
+    node.target, node.args = _OPS.requantize_stream.default, (*node.args, edit.position)
+    return True
+
+
+_FORMS: dict[Any, Callable[[StateEdit, Node], bool | None]] = {
     _OPS.attention.default: _attention,
     _OPS.spiking_attention.default: _spiking_attention,
     _OPS.row_sum_scale.default: _row_sum_scale,
     _OPS.position_scale.default: _position_scale,
+    _OPS.integer_attention.default: _integer_attention,
+    _OPS.requantize.default: _requantize,
 }
-"""How each op that mixes tokens, or knows where a token stands, is made to go on from earlier ones."""
+"""How each op that mixes tokens, or knows where a token stands, is made to go on from earlier ones; false = this one needs not."""
