@@ -7,7 +7,7 @@ One network with random weights (a GPT-2 with room for the longest context) in t
 the original. Both read a text of random tokens up to each context; then single tokens are timed in turns, all contexts and both
 forms in each round, so that the noise of a shared machine meets all of them. The time is CPU time of one thread. A ratio is the median
 over the rounds of time : time at the shortest context; beside it the quartiles. The cache grows by concatenation, as that of
-transformers does; how much of a token's time that copying takes is measured too.
+transformers does, and copying it is part of a token's time.
 """
 
 from __future__ import annotations
@@ -66,19 +66,12 @@ def timed(run: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def copying(stream: Stream) -> Callable[[], object]:
-    """What concatenation costs at that context: each part of the state that grows, with one token more."""
-    grown = [(value, value[:, :1]) for part, value in zip(stream.program.state, stream.state, strict=True) if part.grows]
-    return lambda: [torch.cat(pair, 1) for pair in grown]
-
-
 def measure(forms: dict[str, Program], contexts: Sequence[int], rounds: int) -> list[Row]:
     """Seconds of each round, by form and context."""
     vocabulary = next(iter(forms.values())).info.vocab_size
     ids = torch.randint(0, vocabulary, (1, max(contexts) + 1), generator=torch.Generator().manual_seed(0))
     streams = {name: read(program, ids, contexts) for name, program in forms.items()}
     seconds: dict[tuple[str, int], list[float]] = {}
-    copied: dict[int, list[float]] = {}
     for number in range(rounds + 1):
         for name, by_context in streams.items():
             for context, stream in by_context.items():
@@ -89,14 +82,10 @@ def measure(forms: dict[str, Program], contexts: Sequence[int], rounds: int) -> 
                 taken = timed(lambda other=other, token=token: other(token))
                 if number:  # the first round warms up
                     seconds.setdefault((name, context), []).append(taken)
-                    if name == SOFTMAX:
-                        copied.setdefault(context, []).append(timed(copying(stream)))
-    return [row(name, context, seconds, copied, min(contexts), streams[name][context]) for name, context in seconds]
+    return [row(name, context, seconds, min(contexts), streams[name][context]) for name, context in seconds]
 
 
-def row(
-    name: str, context: int, seconds: dict[tuple[str, int], list[float]], copied: dict[int, list[float]], first: int, stream: Stream
-) -> Row:
+def row(name: str, context: int, seconds: dict[tuple[str, int], list[float]], first: int, stream: Stream) -> Row:
     here, shortest = seconds[name, context], seconds[name, first]
     ratios = [a / b for a, b in zip(here, shortest, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
@@ -104,20 +93,19 @@ def row(
     return {
         "form": name, "context": context, "milliseconds": 1e3 * statistics.median(here), "ratio": statistics.median(ratios),
         "ratio_quartiles": [quartiles[0], quartiles[2]], "against_spiking": statistics.median(against),
-        "copying_share": statistics.median(copied[context]) / statistics.median(here) if name == SOFTMAX else 0.0,
         "state_bytes": sum(value.numel() * value.element_size() for value in stream.state),
     }  # fmt: skip
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    lines = ["| context | spiking: time | state | softmax: time | state | copying | softmax : spiking |", "| --- " * 7 + "|"]
+    lines = ["| tokens so far | spiking: time | state | softmax: time | state | softmax : spiking |", "| --- " * 6 + "|"]
     for spiking in (r for r in rows if r["form"] == SPIKING):
         (softmax,) = (r for r in rows if r["form"] == SOFTMAX and r["context"] == spiking["context"])
         cells = [f"{spiking['context']:,}"]
         for r in (spiking, softmax):
             low, high = r["ratio_quartiles"]
             cells += [f"{r['ratio']:.2f} ({low:.2f} ... {high:.2f})", f"{r['state_bytes'] / 1e6:,.2f} MB"]
-        cells += [f"{100 * softmax['copying_share']:.0f} %", f"{softmax['against_spiking']:.2f}"]
+        cells.append(f"{softmax['against_spiking']:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
