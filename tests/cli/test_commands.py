@@ -113,7 +113,7 @@ def test_check(model: Path) -> None:
     data = result("check", model)
     check_keys("check", data)
     assert data["ok"]
-    assert data["counts"]["spiking"] >= 2 * 3  # per block: attention, its output projection, the second FFN layer
+    assert data["counts"]["spiking"] == 2 * 3  # per block: attention, the FFN's activation and its second layer
     assert data["counts"]["unsupported"] == 0
     assert sum(data["dense_macs_share"].values()) == pytest.approx(1)
     attention = [n for n in data["nodes"] if n["op"] == "ntc.attention"]
@@ -234,10 +234,10 @@ def test_command_line_wins_over_file(model: Path, tmp_path: Path) -> None:
 
 
 def test_set_takes_words_and_numbers(model: Path, tmp_path: Path) -> None:
-    result("compile", model, "-o", tmp_path / "out", "--set", "activation=relu", "--set", "output=current", "--no-measure")
+    result("compile", model, "-o", tmp_path / "out", "--set", "activation=relu", "--set", "output=spikes", "--no-measure")
     records = {r["name"]: r["options"] for r in json.loads((tmp_path / "out" / "manifest.json").read_text())["history"]}
     assert records["convert-ffn"]["activation"] == "relu"
-    assert records["replace-attention"]["output"] == "current"
+    assert records["replace-attention"]["output"] == "spikes"
 
 
 def test_overwrite_replaces_a_program_of_ours(model: Path, copied: Path) -> None:
@@ -329,6 +329,7 @@ def test_recipes() -> None:
     assert "neurtransformer" in shown("recipes")
     one = result("recipes", "show", "neurtransformer")
     check_keys("recipes show", one)
+    assert "the attention that won the comparison in docs/results.md" in " ".join(shown("recipes", "show", "neurtransformer").split())
     text = shown("recipes", "show", "ffn-only")
     assert "percentile" in text
     assert "convert-ffn" in text
