@@ -14,7 +14,8 @@ from simulator_cases import INTEGERS, differing, double_case, integer_case, refe
 import ntc
 from ntc.meta import building
 from ntc.program import Program
-from ntc.testing import example_ids
+from ntc.recipe import Settings
+from ntc.testing import example_ids, tiny_gpt2
 from ntc_backends.simulator import Simulator
 
 TOLERANCE = 1e-10  # as in test_netlist_execution.py: float64 sums in another order
@@ -57,6 +58,19 @@ def test_integer_programs_are_identical_bit_by_bit(name: str, stepwise: bool) ->
     assert np.array_equal(logits, expected.logits)
     for p in activity["populations"]:  # what was proven holds
         assert -(2 ** (p["membrane_bits"] - 1)) <= p["membrane_minimum"] <= p["membrane_maximum"] < 2 ** (p["membrane_bits"] - 1)
+
+
+@pytest.mark.parametrize("output", ["current", "spikes"])
+def test_a_quantized_model_is_identical_in_all_readings(output: str, tmp_path: Path) -> None:
+    calibration = ntc.Calibration((example_ids(batch=4, length=20, seed=5),), "random ids", "0")
+    compiled = ntc.compile(tiny_gpt2(n_layer=1), calibration=calibration, quantize=8, settings=Settings({"output": output}))
+    case, ids = emitted(compiled.program, tmp_path), example_ids(batch=2, length=24, seed=9)
+    expected, simulator, executor = reference(case.program, ids), Simulator(tmp_path), Executor(tmp_path)
+    for stepwise in (False, True):
+        assert np.array_equal(simulator.run(ids.numpy(), stepwise=stepwise, rasters=True), expected.logits)
+        assert differing(simulator, expected) == 0
+    assert simulator.activity["spikes"] > 0
+    assert np.array_equal(executor(ids).numpy(), expected.logits)
 
 
 @pytest.mark.parametrize("name", INTEGERS)
