@@ -74,8 +74,8 @@ def _show(console: Console, result: dict[str, Any], each: bool) -> None:
     found = result["targets"]
     console.print(
         Text(result["folder"], "bold").append(
-            f"  {result['grade']} program, T = {result['steps']}, {count(result['neurons'])} neurons; {count(result['tokens'])} tokens in "
-            f"windows of {result['window']}, {result['data']}; {duration(result['seconds'])}", "not bold dim",
+            f"  {result['grade']} program, T = {result['steps']}, {count(result['neurons'])} neurons; {result['data']}; "
+            f"{duration(result['seconds'])}", "not bold dim",
         )
     )  # fmt: skip
     _show_targets(console, found, result["grade"])

@@ -27,7 +27,7 @@ from ntc.errors import DisagreementError
 from ntc.executors import Execution
 from ntc.program import Program, interpret
 from ntc.recording import grade_of, populations, record
-from ntc.rounding import limits
+from ntc.rounding import limits, margins
 
 float_program = cache(floating)
 integer_program = cache(quantized)
@@ -225,7 +225,24 @@ def test_beside_ties_a_mistake_is_found() -> None:
     assert layer(result, "q")["unexplained"] == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"signed": False}, {"tau": 2.0}, {"tau": 2.0, "hard": True}])
+VARIANTS: list[dict[str, Any]] = [{}, {"signed": False}, {"tau": 2.0}, {"tau": 2.0, "hard": True}]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_membranes_explain_the_spikes_of_the_op(options: dict[str, Any]) -> None:
+    program = float_program(**options)
+    given = record(program, tokens(48).windows, 0)
+    for name, node in populations(program).items():
+        train = given.trains[name]
+        every = torch.ones_like(train[0]).nonzero(as_tuple=True)
+        found = margins(node, given.arguments[name], train, every)
+        assert found is not None and len(found) == train[0].numel() and float(found.max()) == 0
+        other = margins(node, given.arguments[name], torch.roll(train, 1, 0), every)
+        changed_trains = (train != torch.roll(train, 1, 0)).any(0).flatten()
+        assert other is not None and bool((other[changed_trains] > 0).all()) and bool((other[~changed_trains] == 0).all())
+
+
+@pytest.mark.parametrize("options", VARIANTS)
 def test_limits_hold_and_are_sharp(options: dict[str, Any]) -> None:
     """Float32 against float64: rounding stays below the limit at every neuron, and the limit is below a thousandth of a threshold."""
     program = float_program(**options)
