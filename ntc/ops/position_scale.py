@@ -82,7 +82,7 @@ def position_scale(current: Tensor, table: Tensor | None = None, start: Tensor |
 
     Raises:
         ValueError: If the table has another rank, H does not divide C, or there are more tokens than the table has columns.
-        IndexError: If the table ends before ``start`` and the tokens do.
+        RuntimeError: If the table ends before the last token that follows ``start``.
     """
     _check(current, table, start)
     return _scaled(current, table, start).contiguous()
