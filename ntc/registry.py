@@ -41,6 +41,9 @@ class Backend(Protocol):
         name: Name for ``--emit``.
         files: Names of the files that it writes.
         summary: One line for ``ntc export --help``.
+
+    One that writes another form of the program has a further attribute ``passes``, the names of those that make it, such as
+    ``("to-streaming",)``.
     """
 
     name: str
