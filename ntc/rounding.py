@@ -138,12 +138,12 @@ def margins(node: Node, arguments: Sequence[Any], fired: Tensor, places: tuple[T
     train = fired[every].to(node.meta["val"].dtype)
     with torch.no_grad():
         u, levels = spec.membrane(given, train)
-    own = _fired_at(u, levels)
-    distance = torch.zeros_like(u)
-    for rank, level in enumerate(levels):
-        crossed = (own >= 1 - rank) != (train >= 1 - rank)
-        distance = torch.maximum(distance, (u - level).abs() * crossed)
-    found: Tensor = (distance / levels[0]).amax(0)
+        own = _fired_at(u, levels)
+        distance = torch.zeros_like(u)
+        for rank, level in enumerate(levels):
+            crossed = (own >= 1 - rank) != (train >= 1 - rank)
+            distance = torch.maximum(distance, (u - level).abs() * crossed)
+        found: Tensor = (distance / levels[0]).amax(0)
     return found
 
 
