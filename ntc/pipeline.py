@@ -197,7 +197,7 @@ def rounding_sensitivity(program: Program, seeds: int = 3) -> float:
     one; a wrong rewrite moves its logits more still.
     """
     with torch.no_grad():
-        expected, moved = program.module(program.example), 0.0
+        expected, moved = program(program.example), 0.0
         for seed in range(seeds):
             generator = torch.Generator().manual_seed(seed)
 

@@ -98,6 +98,8 @@ class TrainingForm(nn.Module):
         forced: bool = False,
     ) -> None:
         super().__init__()
+        if program.state:
+            raise ConfigError("a streaming program is not trained: train the parallel one, and run to-streaming on the result")
         self.program = program
         self.bf16 = bf16
         self.roles: dict[str, TensorRole] = roles_of(program)

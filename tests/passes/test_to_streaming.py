@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import ntc
 import ntc_passes.to_streaming as module
 from ntc.artifact import load, read_manifest, save, seal
-from ntc.errors import ArtifactError, ConfigError, DataError, PassError, VerifyError
+from ntc.errors import ArtifactError, BackendError, ConfigError, DataError, PassError, VerifyError
 from ntc.meta import MODULE, SCALE, STATE, TYPE
 from ntc.ops import spec_of
 from ntc.pipeline import exact_limit, run_pipeline
@@ -441,6 +441,17 @@ def test_a_stream_can_be_watched_and_changed() -> None:
     stream(ids[:, :3], forget)
     assert not any(part.any() for part in stream.state[1:])
     assert not torch.equal(stream(ids[:, 3:]), in_pieces(program, ids, {3})[1][:, 3:])
+
+
+def test_training_and_the_netlist_take_the_parallel_form(tmp_path: Path) -> None:
+    from ntc.registry import backend
+    from ntc.training.form import TrainingForm
+
+    program = streaming(variant("leak"))
+    with pytest.raises(ConfigError, match="a streaming program is not trained: train the parallel one"):
+        TrainingForm(program)
+    with pytest.raises(BackendError, match="write it from the parallel program"):
+        backend("netlist").emit(program, tmp_path, analog=None, tokens=None)
 
 
 def test_counting_what_a_stream_does() -> None:
