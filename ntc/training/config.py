@@ -196,8 +196,10 @@ class TrainingConfig:
         """How the layers are fitted one by one, before the rest."""
         minutes = self.max_minutes / 2 if self.max_minutes is not None and self.blockwise_tokens is None else None
         tokens = self.max_tokens if self.blockwise_tokens is None else self.blockwise_tokens
-        only = {"ce": 0.0, "kl": 0.0, "hidden": 1.0}
-        return replace(self, max_tokens=tokens, max_minutes=minutes, blockwise_tokens=0, lr=self.blockwise_lr, patience=None, **only)
+        return replace(
+            self, max_tokens=tokens, max_minutes=minutes, blockwise_tokens=0, lr=self.blockwise_lr, ce=0.0, kl=0.0, hidden=1.0,
+            patience=None,
+        )  # fmt: skip
 
     def for_baseline(self, lr: float | None = None) -> TrainingConfig:
         """How the original network is trained on the same windows: cross entropy alone, without neurons."""
