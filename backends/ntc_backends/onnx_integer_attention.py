@@ -2,6 +2,9 @@
 
 No token waits for another: between two renewals the products of all tokens are taken at once, and only the memory goes from period to
 period.
+
+Where a ``decode`` adds up the steps and nobody else reads them (``decoded``), it is part of the function: for each token
+``sum_t Q_t M_t = [Q_1 | ... | Q_T] [M_1; ...; M_T]`` is one product instead of T, and nothing behind it has T times the size.
 """
 
 from __future__ import annotations
@@ -19,56 +22,39 @@ _SIZES = """
     hk = Unsqueeze(kv, first)
     share = Div(all, kv)
     groups = Unsqueeze(share, first)
-    lead = Shape <start = 0, end = 2> (query)
     length = Shape <start = 2, end = 3> (query)
+"""
+
+_DECODED = """
+    steps = Shape <start = 0, end = 1> (query)
+    lead = Shape <start = 1, end = 2> (query)
+    batch = Identity(lead)
+"""
+
+_TIMED = """
+    steps = Identity(one)
+    lead = Shape <start = 0, end = 2> (query)
     batch = ReduceProd(lead, first)
 """
 
 
-def attention(renewed: bool, met: int, inner: int, written: int, cross: int, renewal: int) -> str:
+def attention(renewed: bool, decoded: bool, met: int, inner: int, written: int, cross: int, renewal: int) -> str:
     """``IntegerAttention``: all periods at once, but for the memory, which goes from period to period in a ``Scan``.
 
-    Each dtype is one in which its products are exact.
+    Each dtype is one in which its products are exact. Without renewals there is one period, as long as the sequence.
 
     Args:
         renewed: Whether there is a renewal; without one this is the plain causal product.
-        met: Of coincidences of queries and keys, times growth.
-        inner: Of those times values: the counts that come from the same period.
+        decoded: Whether the result is the sum over the steps, ``[B, L, C]``.
+        met: Of coincidences of queries and keys.
+        inner: Of those times the values, which carry the growth: the counts that come from the same period.
         written: Of what a period adds to the memory.
         cross: Of queries times memory: the counts that come from earlier periods.
         renewal: Of memory times renewal: float64 or int64.
     """
-    body, attributes = _SIZES, "heads, kv_heads, shift"
-    if not renewed:
-        # [TB, L, Hk, g, D], [TB, L, Hk, 1, D]: heads that share a memory lie beside each other.
-        body += f"""
-    q_sizes = Concat <axis = 0> (batch, length, hk, groups, any)
-    kv_sizes = Concat <axis = 0> (batch, length, hk, one, any)
-    q_split = Reshape(query, q_sizes)
-    k_split = Reshape(key, kv_sizes)
-    v_split = Reshape(value, kv_sizes)
-    q_spikes = Transpose <perm = [0, 2, 3, 1, 4]> (q_split)
-    k_spikes = Transpose <perm = [0, 2, 3, 4, 1]> (k_split)
-    v_spikes = Transpose <perm = [0, 2, 3, 1, 4]> (v_split)
-    q = Cast <to = {met}> (q_spikes)
-    k = Cast <to = {met}> (k_spikes)
-    v = Cast <to = {inner}> (v_spikes)
-    met = MatMul(q, k)
-    causal_met = Trilu <upper = 0> (met)
-    causal = Cast <to = {inner}> (causal_met)
-    read = MatMul(causal, v)
-    factor_rows = CastLike(growth, read)
-    factor_sizes = Constant <value_ints = [-1, 1, 1, 1]> ()
-    factor = Reshape(factor_rows, factor_sizes)
-    grown = Mul(read, factor)
-    back = Transpose <perm = [0, 3, 1, 2, 4]> (grown)
-    whole = Cast <to = 6> (back)
-    result_sizes = Concat <axis = 0> (lead, length, any)
-    counts = Reshape(whole, result_sizes)
-    """
-        signature = "(query, key, value, growth) => (counts)"
-        return onnx_function("IntegerAttention", (word(inner),), attributes, signature, without_comments(body))
-    body += f"""
+    body = _SIZES + (_DECODED if decoded else _TIMED)
+    if renewed:
+        body += """
     period = Shape <start = 1, end = 2> (growth)
     short = Sub(period, one)
     filled = Add(length, short)
@@ -81,38 +67,81 @@ def attention(renewed: bool, met: int, inner: int, written: int, cross: int, ren
     q_padded = Pad(query, pads)
     k_padded = Pad(key, pads)
     v_padded = Pad(value, pads)
-    q_sizes = Concat <axis = 0> (batch, periods, period, hk, groups, any)
-    kv_sizes = Concat <axis = 0> (batch, periods, period, hk, one, any)
+    """
+    else:
+        body += "period = Identity(length)  periods = Identity(one)  longer = Identity(length)\n"
+        body += "q_padded = Identity(query)  k_padded = Identity(key)  v_padded = Identity(value)\n"
+    body += f"""
+    q_sizes = Concat <axis = 0> (steps, batch, periods, period, hk, groups, any)
+    kv_sizes = Concat <axis = 0> (steps, batch, periods, period, hk, one, any)
     q_split = Reshape(q_padded, q_sizes)
     k_split = Reshape(k_padded, kv_sizes)
     v_split = Reshape(v_padded, kv_sizes)
-    # [TB, Hk, P, g, R, D], [TB, Hk, P, 1, D, R], [TB, Hk, P, 1, R, Dv]
-    q_spikes = Transpose <perm = [0, 3, 1, 4, 2, 5]> (q_split)
-    k_spikes = Transpose <perm = [0, 3, 1, 4, 5, 2]> (k_split)
-    v_spikes = Transpose <perm = [0, 3, 1, 4, 2, 5]> (v_split)
+    # Q [P, B, Hk, g, T, R, D], K [P, B, Hk, 1, T, R, D], V [P, B, Hk, 1, T, R, Dv]: rows of D bytes move.
+    q_spikes = Transpose <perm = [2, 1, 4, 5, 0, 3, 6]> (q_split)
+    k_moved = Transpose <perm = [2, 1, 4, 5, 0, 3, 6]> (k_split)
+    # The same shape: it keeps ONNX Runtime from making one transposition, byte by byte, of the one above and the one that MatMul does.
+    k_sizes = Concat <axis = 0> (periods, batch, hk, one, steps, period, any)
+    k_spikes = Reshape(k_moved, k_sizes)
+    v_spikes = Transpose <perm = [2, 1, 4, 5, 0, 3, 6]> (v_split)
     q = Cast <to = {met}> (q_spikes)
     k = Cast <to = {met}> (k_spikes)
-    v_inner = Cast <to = {inner}> (v_spikes)
-    v_written = Cast <to = {written}> (v_spikes)
-    weight = Cast <to = {met}> (growth)
-    weight_axes = Constant <value_ints = [1, 2, 3]> ()
-    weight_split = Unsqueeze(weight, weight_axes)
-    weight_square_sizes = Concat <axis = 0> (one, one, one, period, one)
-    weight_square = Expand(weight_split, weight_square_sizes)
-    seen = Trilu <upper = 0> (weight_square)
-    met = MatMul(q, k)
-    met_grown = Mul(met, seen)
-    met_inner = Cast <to = {inner}> (met_grown)
+    k_turned = Transpose <perm = [0, 1, 2, 3, 4, 6, 5]> (k)
+    met = MatMul(q, k_turned)
+    ones_value = Constant <value = float {{1.0}}> ()
+    ones_like = CastLike(ones_value, met)
+    square_sizes = Concat <axis = 0> (period, period)
+    square = Expand(ones_like, square_sizes)
+    causal = Trilu <upper = 0> (square)
+    met_causal = Mul(met, causal)
+    # Beside each other in the row of their query: [P, B, Hk, g, R, T R]
+    met_rows = Transpose <perm = [0, 1, 2, 3, 5, 4, 6]> (met_causal)
+    met_sizes = Constant <value_ints = [0, 0, 0, 0, 0, -1]> ()
+    met_flat = Reshape(met_rows, met_sizes)
+    met_inner = Cast <to = {inner}> (met_flat)
+    # Growth [Hk, R] becomes [Hk, 1, 1, R, 1].
+    weight_axes = Constant <value_ints = [1, 2, 4]> ()
+    weight_ints = Unsqueeze(growth, weight_axes)
+    weight = Cast <to = {written}> (weight_ints)
+    v = Cast <to = {written}> (v_spikes)
+    v_grown = Mul(v, weight)
+    tail = Shape <start = 6> (v_grown)
+    flat_sizes = Concat <axis = 0> (periods, batch, hk, one, any, tail)
+    v_flat = Reshape(v_grown, flat_sizes)
+    v_inner = Cast <to = {inner}> (v_flat)
     inner = MatMul(met_inner, v_inner)
-    k_grown = Mul(k, weight_split)
-    k_written = Cast <to = {written}> (k_grown)
-    written = MatMul(k_written, v_written)
-    written_wide = Cast <to = {renewal}> (written)
-    state_shape_lead = Shape <start = 0, end = 2> (written)
-    state_shape_tail = Shape <start = 3> (written)
-    state_shape = Concat <axis = 0> (state_shape_lead, state_shape_tail)
-    nought_value = Constant <value_float = 0.0> ()
-    nought = CastLike(nought_value, written_wide)
+    """
+    if renewed:
+        body += _renewals(met, inner, written, cross, renewal)
+    else:
+        body += "sum = Cast <to = 6> (inner)\n"
+    body += """
+    back = Transpose <perm = [1, 0, 4, 2, 3, 5]> (sum)
+    padded_sizes = Concat <axis = 0> (lead, longer, any)
+    padded = Reshape(back, padded_sizes)
+    """
+    if renewed:
+        body += f"""
+    token_axis = Constant <value_ints = [{1 if decoded else 2}]> ()
+    counts = Slice(padded, first, length, token_axis)
+    """
+    else:
+        body += "counts = Identity(padded)\n"
+    words = ["renewal" if renewed else "", "decoded" if decoded else "", *map(word, (met, inner, written))]
+    words += map(word, (cross, renewal)) if renewed else ()
+    signature = f"(query, key, value, growth{', renewal' if renewed else ''}) => (counts)"
+    return onnx_function("IntegerAttention", words, "heads, kv_heads, shift", signature, without_comments(body))
+
+
+def _renewals(met: int, inner: int, written: int, cross: int, renewal: int) -> str:
+    """The memory at the start of each period, ``[P, B, Hk, 1, T D, Dv]``, and the counts that it gives."""
+    body = f"""
+    k_written = {"Identity(k_turned)" if met == written else f"Cast <to = {written}> (k_turned)"}
+    written = MatMul(k_written, v_grown)
+    written_flat = Reshape(written, flat_sizes)
+    state_shape = Shape <start = 1> (written_flat)
+    nought_value = Constant <value = double {{0.0}}> ()
+    nought = Cast <to = {renewal}> (nought_value)
     empty = Expand(nought, state_shape)
     keep_axes = Constant <value_ints = [1, 2, 3]> ()
     two = Constant <value = double {{2.0}}> ()
@@ -141,27 +170,24 @@ def attention(renewed: bool, met: int, inner: int, written: int, cross: int, ren
     keep = Unsqueeze(keep_flat, keep_axes)
     """
         step = "kept = Mul(m, keep)  raised = Add(kept, positive)  lower = Div(raised, whole_int)  start = Sub(lower, far_shifted)"
-    body += f"""
-    memory, starts = Scan <num_scan_inputs = 1, scan_input_axes = [2], scan_output_axes = [2],
-        body = period_step (m, s) => (m_next, start) {{
+    # Scanned along the first axis: along any other one ONNX Runtime moves every element by itself, 15 times as slow as all the rest.
+    return body + f"""
+    memory, starts = Scan <num_scan_inputs = 1, body = period_step (m, s) => (m_next, start) {{
         {step}
-        m_next = Add(start, s)
-    }}> (empty, written_wide)
-    starts_real = Cast <to = {cross}> (starts)
-    q_cross = Cast <to = {cross}> (q)
+        s_wide = Cast <to = {renewal}> (s)
+        m_next = Add(start, s_wide)
+    }}> (empty, written_flat)
+    starts_real = {"Identity(starts)" if cross == renewal else f"Cast <to = {cross}> (starts)"}
+    q_rows = Transpose <perm = [2, 1, 4, 5, 3, 0, 6]> (q_split)
+    q_row_sizes = Constant <value_ints = [0, 0, 0, 0, 0, -1]> ()
+    q_flat = Reshape(q_rows, q_row_sizes)
+    q_cross = Cast <to = {cross}> (q_flat)
     outer = MatMul(q_cross, starts_real)
     {_summed(inner, cross)}
-    back = Transpose <perm = [0, 2, 4, 1, 3, 5]> (sum)
-    padded_sizes = Concat <axis = 0> (lead, longer, any)
-    padded = Reshape(back, padded_sizes)
-    token_axis = Constant <value_ints = [2]> ()
-    counts = Slice(padded, first, length, token_axis)
     """
-    words, signature = ("renewal", *map(word, (met, inner, written, cross, renewal))), "(query, key, value, growth, renewal) => (counts)"
-    return onnx_function("IntegerAttention", words, attributes, signature, without_comments(body))
 
 
 def _summed(inner: int, cross: int) -> str:
-    if inner == cross == DOUBLE:
+    if inner == cross:
         return "sum_real = Add(inner, outer)  sum = Cast <to = 6> (sum_real)"
     return "inner_whole = Cast <to = 6> (inner)  outer_whole = Cast <to = 6> (outer)  sum = Add(inner_whole, outer_whole)"

@@ -91,8 +91,15 @@ _FLOOR_INT64 = """
 """
 
 
-def norm(centre: bool, real: bool, to: int) -> str:
-    """``IntegerNorm``; ``real`` needs differences below 2^26, shifted ones below 2^48, and scaled values below 2^53."""
+def norm(centre: bool, real: bool, to: int, group: int = 1) -> str:
+    """``IntegerNorm``.
+
+    Args:
+        centre: Whether the mean is taken off.
+        real: In float64; needs differences below 2^26, shifted ones below 2^48, and scaled values below 2^53.
+        to: Dtype of the result.
+        group: Number of neighbouring channels, a divisor of all, whose squares add up to at most 2^53: float64 does that; the rest int64.
+    """
     kind = DOUBLE if real else INT64
     body = f"""
     last = Constant <value_ints = [-1]> ()
@@ -126,7 +133,17 @@ def norm(centre: bool, real: bool, to: int) -> str:
     """
     else:
         body += "d = Identity(values)\n"
-    body += "squares = Mul(d, d)  squares_int = Cast <to = 7> (squares)\n"
+    if real:
+        body += f"""
+    group = Constant <value_ints = [{group}]> ()
+    rows = Shape <start = 0, end = -1> (x)
+    grouped_sizes = Concat <axis = 0> (rows, last, group)
+    grouped = Reshape(d, grouped_sizes)
+    squares = ReduceSumSquare <keepdims = 0> (grouped, last)
+    squares_int = Cast <to = 7> (squares)
+    """
+    else:
+        body += "squares_int = Mul(d, d)\n"
     body += "squares_sum = ReduceSum(squares_int, last)  quotient = Div(squares_sum, channels)\n"
     body += _ROOT + _ENDS
     body += """
@@ -182,7 +199,7 @@ def norm(centre: bool, real: bool, to: int) -> str:
             + f"    y = Cast <to = {to}> (clamped)\n"
         )
     attributes = "epsilon, guard, shift, low, high"
-    words = ("centre" if centre else "", "float64" if real else "int64", word(to))
+    words = ("centre" if centre else "", "float64" if real else "int64", f"group{group}" if real else "", word(to))
     return onnx_function("IntegerNorm", words, attributes, "(x, gain, offset) => (y)", without_comments(body))
 
 

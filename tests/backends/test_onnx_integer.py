@@ -109,7 +109,7 @@ def test_norms(tmp_path_factory, seed, bits, guard, epsilon, centre, limit):
     check(one_op(make, table), tmp_path_factory.mktemp("norm"), ids)
 
 
-@pytest.mark.parametrize(("bits", "word"), [(12, "float64"), (28, "int64")])
+@pytest.mark.parametrize(("bits", "word"), [(12, "float64.group8"), (23, "float64.group8"), (24, "float64.group8"), (28, "int64")])
 def test_norms_take_the_widest_arithmetic_only_where_they_need_it(bits, word, tmp_path):
     table = integers(-(2**bits), 2**bits, VOCABULARY, CHANNELS)
     program = one_op(lambda b, x: b.call(ntc.integer_norm.default, x, ONE * 9999, ONE, 1, 0, 20, -127, 127, True), table)
@@ -134,6 +134,18 @@ def test_rescaling_in_int64_only_beyond_2_to_53(bits, word, tmp_path):
     table = integers(-(2**bits) + 1, 2**bits - 1, VOCABULARY, CHANNELS)
     program = one_op(lambda b, x: b.call(ntc.requantize.default, x, ONE * (2**30 - 1), 30, -(2**31), 2**31 - 1, name="x"), table)
     assert f"Requantize.{word}.int32" in check(program, tmp_path)
+
+
+@pytest.mark.parametrize(("x", "multiplier", "result", "word"), [
+    (68_972_201, 1_052_895_847, 64, "int64"),  # x m = 129 2^49 - 1, a last place below a half: float64 would say 65
+    (68_972_201, 1_052_895_849, 65, "float64"),
+])  # fmt: skip
+def test_results_of_few_bits_in_float64_beyond_2_to_53_where_each_step_is_the_same(x, multiplier, result, word, tmp_path):
+    table = torch.full((VOCABULARY, CHANNELS), x, dtype=torch.int32)
+    table[0] = 2**31 - 1
+    program = one_op(lambda b, x: b.call(ntc.requantize.default, x, ONE * multiplier, 50, -127, 127, name="x"), table)
+    assert f"Requantize.{word}.int8" in check(program, tmp_path)
+    assert int(program(torch.ones(1, 1, dtype=torch.int64))[0, 0, 0]) == result
 
 
 @pytest.mark.parametrize("low", [-128, -20, 0, 3])
@@ -206,11 +218,15 @@ def test_one_activation_is_made_unsigned_once_for_all_its_readers():
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 2**20), st.sampled_from([1, 2, 8]), st.sampled_from([4, 14, 24]), st.sampled_from([(1, 1), (2, 1), (2, 2)]), st.sampled_from([8, 30]))
-def test_attention(tmp_path_factory, seed, period, bits, heads, shift):
-    """Products in float32 and float64, renewals in float64 and int64, and shared heads."""
+@given(
+    st.integers(0, 2**20), st.sampled_from([1, 2, 8]), st.sampled_from([4, 14, 23]), st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+    st.sampled_from([8, 30]), st.booleans(), st.booleans(), st.sampled_from([1, 8, 11]),
+)  # fmt: skip
+def test_attention(tmp_path_factory, seed, period, bits, heads, shift, decoded, leak, length):
+    """Products in float32 and float64, renewals in float64 and int64, shared heads, with and without the sum over the steps."""
+    period = period if leak else 1
     growth = integers(1, 2**bits, heads[1], period, seed=seed)
-    renewal = integers(0, int(0.9 * 2**shift), heads[1], seed=seed + 1)
+    renewal = integers(0, int(0.9 * 2**shift), heads[1], seed=seed + 1) if leak else None
     b = Builder(integers(-100, 100, VOCABULARY, CHANNELS, seed=seed))
 
     def train(n):
@@ -218,10 +234,28 @@ def test_attention(tmp_path_factory, seed, period, bits, heads, shift):
         return b.call(ntc.integer_fire.default, x, ONE * 300, ONE * 100, 2, bool(seed % 2), False)
 
     y = b.call(ntc.integer_attention.default, train(heads[0]), train(heads[1]), train(heads[1]), *heads, growth, renewal, shift, name="attention")
-    value = b.call(ntc.decode.default, b.call(ntc.requantize.default, y, ONE, 8, -(2**20), 2**20), "count")
-    program = b.program(b.call(ntc.from_integer.default, value, 0))
-    ids = torch.randint(0, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(seed))
-    check(program, tmp_path_factory.mktemp("attention"), ids)
+    chain = [lambda v: b.call(ntc.requantize.default, v, ONE, 8, -(2**20), 2**20), lambda v: b.call(ntc.decode.default, v, "count")]
+    for step in reversed(chain) if decoded else chain:
+        y = step(y)
+    program = b.program(b.call(ntc.from_integer.default, y, 0))
+    ids = torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(seed))
+    chosen = check(program, tmp_path_factory.mktemp("attention"), ids)
+    assert decoded == any(c.startswith("IntegerAttention") and "decoded" in c for c in chosen)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("multipliers", [1, 23])
+def test_a_wide_head_is_written_in_blocks(multipliers, biased, tmp_path, monkeypatch):
+    """The last block is shorter than the others."""
+    monkeypatch.setattr("ntc_backends.onnx_integer.BLOCK", 7)
+    b = Builder(integers(-60, 60, VOCABULARY, CHANNELS))
+    weight, bias = integers(-127, 127, 23, CHANNELS, dtype=torch.int8), integers(-999, 999, 23) if biased else None
+    x = b.call(ntc.integer_linear.default, b.embedded, weight, bias)
+    x = b.call(ntc.requantize.default, x, integers(2**20, 2**21, multipliers), 22, -2000, 2000)
+    program = b.program(b.call(ntc.from_integer.default, x, -3))
+    check(program, tmp_path)
+    model, _ = build(program)
+    assert [n.op_type for n in model.graph.node].count("MatMulInteger") == 4
 
 
 def test_the_limits_are_those_of_the_formats():
