@@ -28,7 +28,10 @@ from ntc.testing import example_ids
 from ntc_backends.onnx_export import OnnxBackend
 from ntc_backends.onnx_stream import STREAMING, OnnxStreamingBackend, check_stream
 from ntc_backends.onnx_writer import OPSET, functions_in
+from ntc_passes.convert_ffn import ConvertFfn
+from ntc_passes.fold_thresholds import FoldThresholds
 from ntc_passes.insert_neurons import InsertNeurons
+from ntc_passes.quantize import Quantize
 from ntc_passes.replace_attention import ReplaceAttention
 from ntc_passes.to_streaming import ToStreaming
 from tests.programs import CONTEXT, calibrated, canonical, nano, rates
@@ -248,8 +251,12 @@ def test_nothing_is_written_unless_it_agrees(tmp_path: Path, monkeypatch: pytest
 
 
 def test_each_back_end_writes_its_own_form(tmp_path: Path) -> None:
+    steps = [ReplaceAttention.configure({"normalizer": "leak"}), ConvertFfn(), FoldThresholds(), InsertNeurons(), Quantize(), ToStreaming()]
+    integers = run_pipeline(calibrated(n_layer=1), steps, CONTEXT)
     with pytest.raises(BackendError, match="run the pass to-streaming"):
         OnnxStreamingBackend().emit(canonical(n_layer=1), tmp_path)
+    with pytest.raises(BackendError, match="does not write programs of integers yet: --emit onnx writes their parallel form"):
+        OnnxStreamingBackend().emit(integers, tmp_path)
     with pytest.raises(BackendError, match="onnx-streaming writes it"):
         OnnxBackend().emit(streaming("softmax"), tmp_path)
 
