@@ -113,7 +113,7 @@ def in_turns(a: Run, b: Run, rounds: int, steps: int) -> dict[str, Any]:
 def variants(base: TrainingConfig) -> dict[str, TrainingConfig]:
     """The default with one option changed."""
     switches = {f"{name} {_on(not getattr(base, name))}": {name: not getattr(base, name)} for name in SWITCHES}
-    rows = {f"rows {rows}": {"rows": rows} for rows in (8, 16, 32) if rows != base.rows and rows % base.accumulate == 0}
+    rows = {f"rows {rows}": {"rows": rows} for rows in (4, 8, 16) if rows != base.rows and rows % base.accumulate == 0}
     pieces = {f"accumulate {n}": {"accumulate": n} for n in (1, 2, 4) if n != base.accumulate and base.rows % n == 0}
     return {name: replace(base, **options) for name, options in (switches | rows | pieces).items()}
 

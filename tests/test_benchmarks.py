@@ -63,7 +63,7 @@ def test_variants_change_one_option_each(throughput):
     base = TrainingConfig(bf16=True, compile=True)
     changed = throughput["variants"](base)
     assert list(changed) == [
-        "bf16 off", "compile off", "checkpointing on", "rows 8", "rows 32", "accumulate 2", "accumulate 4",
+        "bf16 off", "compile off", "checkpointing on", "rows 4", "rows 16", "accumulate 2", "accumulate 4",
     ]  # fmt: skip
     for name, other in changed.items():
         option = name.split()[0]
