@@ -106,6 +106,7 @@ class CheckReport:
         sites: Places converted, by pass.
         window: Tokens per sequence for the counts of attention.
         widths: Of an integer program: the bits of every value and register (``ntc.widths``).
+        warnings: What the user should know of the settings, one sentence each.
     """
 
     model: Mapping[str, Any]
@@ -115,6 +116,7 @@ class CheckReport:
     sites: Mapping[str, int]
     window: int
     widths: tuple[Width, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -139,6 +141,7 @@ class CheckReport:
             "nodes": [{**asdict(n), "by": list(n.by)} for n in self.nodes],
             "window": self.window,
             "widths": [asdict(w) for w in self.widths],
+            "warnings": list(self.warnings),
         }
 
 
@@ -169,8 +172,8 @@ def check_model(
         ConfigError: For an unknown recipe or setting.
         CaptureError: If the model cannot be loaded. A model that cannot be captured is a finding instead.
     """
-    chosen = quantizing(recipe, quantize)
-    passes = chosen.build(settings or Settings(), find_pass)
+    chosen, settings = quantizing(recipe, quantize), settings or Settings()
+    passes = chosen.build(settings, find_pass)
     progress("load", 0, 1)
     module = load_model(model) if isinstance(model, str | Path) else model
     source = str(model) if isinstance(model, str | Path) else type(model).__name__
@@ -184,14 +187,15 @@ def check_model(
         return CheckReport(about, chosen.name, (), (Finding("capture", "", "", "", str(error), True),), {}, 0)
     window = min(_WINDOW, program.info.context or _WINDOW)
     tokens = random_tokens(program.info.vocab_size, window, _WINDOWS * window)
-    run = _Run(program, Context(calibration_from(tokens), (settings or Settings()).overrides, progress))
+    run = _Run(program, Context(calibration_from(tokens), settings.overrides, progress))
     for number, step in enumerate(passes):
         progress(step.name, number, len(passes))
         run.apply(step)
     nodes = _classify(run, window)
     findings = _settled(run, nodes)
     proven = tuple(widths(run.program)) if "integer" in run.program.facts else ()
-    return CheckReport({**about, "context": program.info.context}, chosen.name, nodes, findings, run.sites, window, proven)
+    remarks = chosen.remarks(settings, find_pass, run.context.used)
+    return CheckReport({**about, "context": program.info.context}, chosen.name, nodes, findings, run.sites, window, proven, remarks)
 
 
 class _Run:

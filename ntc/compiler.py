@@ -115,7 +115,7 @@ def compile_model(
         recipe: Name of a recipe, or one of your own.
         settings: Options and overrides (see ``ntc.recipe.load_settings``).
         steps: T, number of time steps, for all passes that have such an option.
-        percentile: Percentile of activations that becomes a threshold, likewise.
+        percentile: Percentile of activations that becomes a threshold, likewise; for one pass alone see ``ntc.Settings``.
         quantize: End with a program of integers, whose weights have so many bits: 4, 8 or 16; None = floating point.
         until_quantize: Leave that last step to ``ntc.compiler.quantize``, to fine-tune in between.
         calibration: A text file, or tokens. By default ``calibration.txt`` in the model's folder; without it, random
@@ -148,7 +148,7 @@ def compile_model(
     if tokenizer is None and isinstance(model, str | Path):
         tokenizer = load_tokenizer(model)
     lap("capture")
-    warnings: list[str] = []
+    warnings = list(chosen.remarks(replace(settings, overrides=()), find_pass))
     data = _calibration(text, program, calibration, tokenizer, warnings)
     context = Context(data, settings.overrides, progress)
     split = next((i + 1 for i, p in enumerate(passes) if p.name == "canonicalize"), 0)
@@ -163,8 +163,9 @@ def compile_model(
     compiled = run_pipeline(analog, left, context)
     lap("passes")
     for override in settings.overrides:
-        if override.module not in context.used:
+        if override.module not in {module for module, _ in context.used}:
             warnings.append(f"the override for {override.module} changed nothing: no pass sets an option at those modules")
+    warnings += chosen.remarks(Settings(overrides=settings.overrides), find_pass, context.used)
     return Compilation(compiled, analog, chosen, settings, data, tokenizer, seconds, tuple(warnings))
 
 
@@ -208,7 +209,7 @@ def quantize_folder(
     """
     source, out = Path(source), Path(out)
     check_output(out, overwrite)
-    step = find_pass(_QUANTIZE).configure(options or {})
+    step = find_pass(_QUANTIZE).configure(_unqualified(_QUANTIZE, options or {}))
     manifest, program = artifact.read_manifest(source), artifact.load(source)
     if "integer" in program.facts:
         raise ConfigError(f"the program in {source} computes with integers already: quantize the one that it was made from")
@@ -224,6 +225,11 @@ def quantize_folder(
             shutil.copytree(source / "tokenizer", beside / "tokenizer")
         artifact.seal(beside)
     return program, result
+
+
+def _unqualified(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of one pass, whether or not they are named with it; ``quantize.weight_bits`` goes over ``weight_bits``."""
+    return {key.removeprefix(f"{name}."): options[key] for key in sorted(options, key=lambda key: key.startswith(f"{name}."))}
 
 
 def _calibration_text(model: nn.Module | str | Path, given: Path | str | Calibration | Tokens | None) -> Path | None:

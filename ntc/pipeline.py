@@ -81,7 +81,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Override:
-    """Options for the modules that a glob matches, such as ``transformer.h.0.*``."""
+    """Options for the modules that a glob matches, such as ``transformer.h.0.*``; names as in ``ntc.recipe.Settings``."""
 
     module: str
     options: Mapping[str, Any]
@@ -99,13 +99,13 @@ class Context:
         calibration: Calibration data, if there is any.
         overrides: Options per module; later ones win.
         progress: Called with (label, done, total) by passes that take long.
-        used: Globs of the overrides that have set an option of some node so far.
+        used: (glob, name of the pass) of the overrides that have set an option of some node so far.
     """
 
     calibration: Calibration | None = None
     overrides: tuple[Override, ...] = ()
     progress: Callable[[str, int, int], None] = _no_progress
-    used: set[str] = field(default_factory=set)
+    used: set[tuple[str, str]] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,13 @@ class Pass(ABC):
         return [f.name for f in dataclasses.fields(cls.Options)]
 
     @classmethod
+    def own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the user's options that this pass has: ``percentile``, and ``replace-attention.percentile``, which goes over it."""
+        known = cls.option_names()
+        plain = {key: value for key, value in values.items() if key in known}
+        return plain | {name: value for key, value in values.items() if (name := key.removeprefix(f"{cls.name}.")) != key and name in known}
+
+    @classmethod
     def configure(cls, values: Mapping[str, Any]) -> Pass:
         """The pass with those options.
 
@@ -171,12 +178,12 @@ class Pass(ABC):
 
     def at(self, node: Node, context: Context) -> Any:
         """The options for one node: those of the pass with the overrides for the node's module."""
-        known, options = set(self.option_names()), self.options
+        options = self.options
         for override in context.overrides:
             if fnmatchcase(module_of(node), override.module):
-                values = {k: v for k, v in override.options.items() if k in known}
+                values = self.own(override.options)
                 if values:
-                    context.used.add(override.module)
+                    context.used.add((override.module, self.name))
                 try:
                     options = dataclasses.replace(options, **values)
                 except (TypeError, ValueError) as error:

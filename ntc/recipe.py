@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,40 +89,87 @@ class Recipe:
         return replace(self, steps=(*self.steps[:at], step, *self.steps[at + 1 :]))
 
     def build(self, settings: Settings, find: Callable[[str], type[Pass]]) -> list[Pass]:
-        """The passes with their options: the recipe's own, then the settings for all passes that have such an option.
+        """The passes with their options: the recipe's own, then the settings.
 
         The overrides are tried out too, so that a wrong value is found before any work.
 
         Raises:
             ConfigError: For an unknown pass, a setting that no pass of the recipe has, or a value that a pass does not take.
         """
-        classes = [(step, find(step.which) if isinstance(step.which, str) else step.which) for step in self.steps]
-        known = sorted({option for _, cls in classes for option in cls.option_names()})
+        classes = self._classes(find)
         for key in [*settings.options, *(k for o in settings.overrides for k in o.options)]:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-                raise ConfigError(f"recipe {self.name} has no setting {key!r}; {hint}")
+            self._check_known(key, [cls for _, cls in classes])
         passes = []
         for step, cls in classes:
-            options = {**step.options, **_known_to(cls, settings.options)}
+            options = {**step.options, **cls.own(settings.options)}
             passes.append(cls.configure(options))
             for override in settings.overrides:
                 try:
-                    cls.configure({**options, **_known_to(cls, override.options)})
+                    cls.configure({**options, **cls.own(override.options)})
                 except ConfigError as error:
                     raise ConfigError(f"override for {override.module}: {error}") from error
         return passes
 
+    def remarks(self, settings: Settings, find: Callable[[str], type[Pass]], used: Collection[tuple[str, str]] = ()) -> tuple[str, ...]:
+        """One sentence for each option that several passes got although they differ in its default.
 
-def _known_to(cls: type[Pass], values: Mapping[str, Any]) -> dict[str, Any]:
-    names = cls.option_names()
-    return {k: v for k, v in values.items() if k in names}
+        Args:
+            settings: What the user set; what names its pass is not doubted.
+            find: Pass classes by name.
+            used: Which overrides have reached which passes (``Context.used``); the others say nothing yet.
+        """
+        given = [("", settings.options), *((o.module, o.options) for o in settings.overrides)]
+        found = []
+        for module, options in given:
+            for key, value in options.items():
+                reached = {
+                    step.name: step.options.get(key, _default(cls, key))
+                    for step, cls in self._classes(find)
+                    if key in cls.option_names() and f"{step.name}.{key}" not in options and (not module or (module, step.name) in used)
+                }
+                if len({repr(default) for default in reached.values()}) > 1:
+                    passes = " and ".join(f"{name} (default {default})" for name, default in reached.items())
+                    where = f" in the override for {module}" if module else ""
+                    one = " or ".join(f"{name}.{key}={value}" for name in reached)
+                    found.append(f"{key}={value}{where} sets {passes}: to set it for one of them alone, write {one}")
+        return tuple(found)
+
+    def _classes(self, find: Callable[[str], type[Pass]]) -> list[tuple[Step, type[Pass]]]:
+        return [(step, find(step.which) if isinstance(step.which, str) else step.which) for step in self.steps]
+
+    def _check_known(self, key: str, classes: Sequence[type[Pass]]) -> None:
+        """Refuse a setting that no pass has, with the nearest that there is."""
+        names = {cls.name: cls.option_names() for cls in classes}
+        owner, point, option = key.rpartition(".")
+        if not point:
+            known = sorted({name for options in names.values() for name in options})
+            if key not in known:
+                raise ConfigError(f"recipe {self.name} has no setting {key!r}; {_nearest(key, known)}")
+        elif owner not in names:
+            raise ConfigError(f"{key} is an option of a pass that recipe {self.name} does not have; {_nearest(owner, list(names))}")
+        elif option not in names[owner]:
+            raise ConfigError(f"pass {owner} has no option {option!r}; {_nearest(option, names[owner])}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+
+
+def _default(cls: type[Pass], option: str) -> Any:
+    """Default of an option of a pass."""
+    return next(f.default for f in fields(cls.Options) if f.name == option)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user set: options for all passes of the recipe, and overrides per module."""
+    """What the user set.
+
+    Attributes:
+        options: By name: ``percentile`` is set for every pass of the recipe that has such an option, ``replace-attention.percentile`` for
+            that pass alone and goes over it.
+        overrides: The same for some modules only; they go over ``options``.
+    """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
@@ -135,6 +182,8 @@ class Settings:
 
 def load_settings(path: Path) -> Settings:
     """Read a TOML file with a ``[recipe]`` table and ``[[override]]`` tables, each with a ``module`` glob.
+
+    In both, ``replace-attention.percentile = 90`` is an option of that pass alone.
 
     Raises:
         ConfigError: If the file is missing, is no TOML, or has other tables.
@@ -158,5 +207,13 @@ def load_settings(path: Path) -> Settings:
         module = values.pop("module", None)
         if not isinstance(module, str):
             raise ConfigError(f"an [[override]] of {path} has no module = \"...\" pattern")
-        overrides.append(Override(module, values))
-    return Settings(options, tuple(overrides))
+        overrides.append(Override(module, _flat(values)))
+    return Settings(_flat(options), tuple(overrides))
+
+
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML reads ``replace-attention.percentile = 90`` as a table in a table."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found.update({f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value})
+    return found

@@ -25,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
         epilog="Examples:\n\n"
         "ntc check examples/gpt2-books\n\n"
         "ntc check my-model --recipe ffn-only --json\n\n"
-        "ntc check examples/gpt2-books --quantize 8\n\n"
+        "ntc check examples/gpt2-books --quantize 8 --set replace-attention.percentile=97\n\n"
         "Exit code: 0 if every required site can be converted, 1 if not, 2 for bad input.",
     )(check)
 
@@ -52,6 +52,8 @@ def check(
             chosen = settings_from(settings, set_, steps, None)
             found = check_model(model, recipe=recipe, settings=chosen, quantize=quantize, progress=report)
         data = found.to_json()
+        for warning in found.warnings:
+            output.warn(warning)
         output.result(data, lambda console: _show(console, data, each=verbose > 0))
     if not found.ok:
         raise typer.Exit(1)

@@ -54,7 +54,7 @@ def add_to(app: typer.Typer) -> None:
         epilog="Examples:\n\n"
         "ntc compile examples/gpt2-books -o build/demo --steps 4 --emit onnx,netlist,energy\n\n"
         "ntc compile gpt2 -o build/gpt2 --calibration my.txt --set activation=relu --overwrite\n\n"
-        "ntc compile examples/gpt2-books -o build/integers --quantize 8\n\n"
+        "ntc compile examples/gpt2-books -o build/integers --quantize 8 --set replace-attention.percentile=97\n\n"
         "ntc compile examples/gpt2-books -o build/ffn --recipe ffn-only --steps 32 --evaluate held-out.txt --json\n\n"
         "ntc compile examples/gpt2-books -o build/tuned --finetune books.txt.xz --finetune-minutes 30",
     )(compile_)
@@ -65,7 +65,9 @@ def compile_(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be empty, or see --overwrite.", show_default=False)],
     recipe: Recipe = "neurtransformer",
     steps: Steps = None,
-    percentile: Annotated[float | None, typer.Option(help="Percentile of activations that becomes a threshold, for all neurons.")] = None,
+    percentile: Annotated[
+        float | None, typer.Option(help="Percentile of activations that becomes a threshold, in every pass (for one, see --set).")
+    ] = None,
     settings: SettingsFile = None,
     set_: SetOptions = None,
     quantize: QuantizeBits = None,

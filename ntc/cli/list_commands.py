@@ -144,4 +144,5 @@ def _show_recipe(console: Console, result: dict[str, Any]) -> None:
         for o in step["options"]:
             rows.add_row("", o["name"], str(o["default"]), o["meaning"])
     console.print(rows)
-    console.print(Text("\nChange them with --set KEY=VALUE, or in a file: --settings FILE.toml", "dim"))
+    how = "--set KEY=VALUE for every pass that has it, --set PASS.KEY=VALUE for one, or a file: --settings FILE.toml"
+    console.print(Text(f"\nChange them with {how}", "dim"))

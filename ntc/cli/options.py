@@ -27,10 +27,13 @@ QuantizeBits = Annotated[
     typer.Option("--quantize", metavar="BITS", help="End with a network of integers, weights of 4, 8 or 16 bits."),
 ]
 SetOptions = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe; ntc recipes show NAME lists them.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="[PASS.]KEY=VALUE",
+        help="A setting of the recipe: percentile=97 for every pass that has it, replace-attention.percentile=97 for that pass alone; "
+        "ntc recipes show NAME lists them.",
+    ),
 ]
-
-
 EmitOptions = Annotated[
     list[str] | None,
     typer.Option("--emit-set", metavar="BACKEND.KEY=VALUE", help="An option of a back end; --BACKEND-KEY VALUE is the same."),
@@ -116,7 +119,8 @@ def named_values(option: str, pairs: list[str] | None) -> dict[str, Any]:
         key, sign, text = pair.partition("=")
         if not sign or not key.strip():
             raise ConfigError(f"{option} takes KEY=VALUE, got {pair!r}")
-        values[key.strip().replace("-", "_")] = _value(text.strip())
+        owner, point, name = key.strip().rpartition(".")  # names of passes have hyphens
+        values[owner + point + name.replace("-", "_")] = _value(text.strip())
     return values
 
 

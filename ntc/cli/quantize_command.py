@@ -42,7 +42,7 @@ def quantize(
     activation_bits: Annotated[int, typer.Option(help="Bits of what comes out of a norm, a lookup or a decode: 4 to 16.")] = 8,
     data: Annotated[Path | None, typer.Option(help="Text that scales are chosen on (default: the model's calibration.txt).")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other option of the pass; ntc passes lists them.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other option of the pass quantize; ntc passes lists them.")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure the perplexity before and after.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the compiled program that is in the folder.")] = False,

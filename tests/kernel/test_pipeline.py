@@ -284,6 +284,12 @@ def test_overrides_apply_in_order_and_to_matching_modules_only(program: Program)
     assert found["h_0_mlp_c_fc"] == (7, "a")
     assert found["h_0_mlp_act"] == (7, "b")
     assert record.options == {"steps": 5, "mode": "a"}
+    assert given.used == {("transformer.h.0.*", "asks"), ("*.mlp.*", "asks"), ("*.act", "asks")}
+    given = context(**{"*.c_fc": {"asks.steps": 7, "steps": 6, "other.mode": "b"}, "lm_head": {"other.steps": 9}})
+    found = run(program, Asks.configure({"steps": 5}), given=given).history[-1].notes["found"]
+    assert found["h_0_mlp_c_fc"] == (7, "a"), "the name with the pass goes over the name alone; that of another pass is not meant"
+    assert found["lm_head"] == (5, "a")
+    assert given.used == {("*.c_fc", "asks")}
     with pytest.raises(ConfigError, match=r"override for \*\.mlp\.\*: steps must be positive, got 0"):
         run(program, Asks(), given=Context(overrides=(Override("*.mlp.*", {"steps": 0}),)))
 

@@ -29,6 +29,15 @@ class Fast:
     steps: int = 2
 
 
+@dataclass(frozen=True)
+class Picky:
+    steps: int = 2
+
+    def __post_init__(self) -> None:
+        if self.steps % 2:
+            raise ValueError("steps is odd")
+
+
 def pass_of(called: str, options: type[Any]) -> type[Pass]:
     def run(self: Pass, program: Program, context: Context) -> PassResult:
         return PassResult(False)
@@ -82,6 +91,46 @@ def test_options_of_a_pass_go_over_those_that_the_recipe_chose() -> None:
         options(RECIPE.with_options("fast", depth=1))
 
 
+def test_a_name_with_its_pass_reaches_that_pass_alone() -> None:
+    assert options(**{"slow.steps": 3}) == [Slow(3), Fast(2)]
+    assert options(**{"fast.steps": 9, "steps": 3}) == [Slow(3), Fast(9)], "it goes over the name alone, in whatever order"
+    assert options(RECIPE, Override("*", {"fast.steps": 3})) == [Slow(7), Fast(2)], "an override changes no default"
+    for key, hint in (
+        ("slow.step", r"pass slow has no option 'step'; did you mean steps\?"),
+        ("fast.depth", "pass fast has no option 'depth'; it has steps"),
+        ("slw.steps", r"slw.steps is an option of a pass that recipe mine does not have; did you mean slow\?"),
+        ("calibrate.rows", "calibrate.rows is an option of a pass that recipe mine does not have; it has slow, fast"),
+    ):
+        for build in (lambda key=key: options(**{key: 3}), lambda key=key: options(RECIPE, Override("*", {key: 3}))):
+            with pytest.raises(ConfigError, match=hint):
+                build()
+    picky = Recipe("r", "", "", "", "", (Step("slow"), Step(pass_of("fast", Picky))))
+    with pytest.raises(ConfigError, match=r"override for h\.0: pass fast: steps is odd"):
+        options(picky, Override("h.0", {"fast.steps": 3}))
+
+
+def remarks(options: dict[str, Any], *overrides: Override, used: Any = ()) -> tuple[str, ...]:
+    return RECIPE.remarks(Settings(options, overrides), find, used)
+
+
+def test_an_option_that_reaches_passes_of_different_defaults_is_remarked() -> None:
+    (said,) = remarks({"steps": 3})
+    assert said == (
+        "steps=3 sets slow (default 7) and fast (default 2): to set it for one of them alone, write slow.steps=3 or fast.steps=3"
+    )  # 7 is what the recipe chose
+    assert remarks({"depth": 3}) == remarks({"slow.steps": 3}) == remarks({}) == ()
+    assert remarks({"steps": 3, "fast.steps": 2}) == (), "one pass is left that it reaches"
+    same = RECIPE.with_options("slow", steps=2)
+    assert same.remarks(Settings({"steps": 3}), find) == (), "they agree: it means the same in both"
+
+
+def test_an_override_is_remarked_if_it_reached_several_passes() -> None:
+    override = Override("h.0.*", {"steps": 3})
+    (said,) = remarks({}, override, used={("h.0.*", "slow"), ("h.0.*", "fast")})
+    assert said.startswith("steps=3 in the override for h.0.* sets slow (default 7) and fast (default 2): ")
+    assert remarks({}, override) == remarks({}, override, used={("h.0.*", "slow"), ("h.1.*", "fast")}) == ()
+
+
 def test_unknown_names_are_refused_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="recipe mine has no setting 'step'; did you mean steps"):
         options(step=3)
@@ -114,6 +163,8 @@ def test_a_settings_file(tmp_path: Path) -> None:
     assert load_settings(path) == Settings({"steps": 8}, (Override("h.0.*", {"steps": 16}), Override("*", {"depth": 2})))
     path.write_text("")
     assert load_settings(path) == Settings()
+    path.write_text('[recipe]\nslow.steps = 8\nsteps = 2\n[recipe.fast-pass]\nx = 1\n[[override]]\nmodule = "*"\nfast-pass.x = 2\n')
+    assert load_settings(path) == Settings({"slow.steps": 8, "steps": 2, "fast-pass.x": 1}, (Override("*", {"fast-pass.x": 2}),))
 
 
 @pytest.mark.parametrize(
