@@ -28,11 +28,12 @@ class Options:
     """Options of ``calibrate``.
 
     Attributes:
-        rows: Most tokens kept per site; more make percentiles surer and need more memory.
+        rows: Most tokens kept per site; more make percentiles and fits surer and need more memory. Fewer are kept where the samples of all
+            sites would take more than a gibibyte.
         seed: Which tokens are kept.
     """
 
-    rows: int = 1024
+    rows: int = 4096
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -40,6 +41,9 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+_MOST_BYTES = 1 << 30
 
 
 class Calibrate(Pass):
@@ -59,7 +63,7 @@ class Calibrate(Pass):
         for batch in calibration.batches:
             check_ids(batch, program.info)
         sites = _sites(program)
-        keep = _chosen_rows(calibration.tokens, self.options.rows, self.options.seed)
+        keep = _chosen_rows(calibration.tokens, min(self.options.rows, _rows_in(_MOST_BYTES, sites)), self.options.seed)
         samples: dict[Node, list[Tensor]] = {site: [] for site in sites}
         first = 0
         with torch.no_grad():
@@ -88,6 +92,12 @@ def _sites(program: Program) -> list[Node]:
             found[node.args[0]] = None
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     return sorted(found, key=order.__getitem__)
+
+
+def _rows_in(most: int, sites: list[Node]) -> int:
+    """Tokens whose samples at all sites together take so many bytes; at least one."""
+    each = sum(v.shape[-1] * v.element_size() for v in (site.meta["val"] for site in sites))
+    return max(1, most // max(each, 1))
 
 
 def _chosen_rows(tokens: int, rows: int, seed: int) -> Tensor:
