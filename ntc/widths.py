@@ -2,11 +2,13 @@
 
 From the constants of the program, each op's interval rule (``OpSpec.bound``) makes an interval for each channel of each value, and for
 what the op holds inside: accumulators, membranes, the memory of attention. No data is involved, so no text can overflow what
-fits here. What does not fit its type is refused, the node named.
+fits here. What does not fit its type is refused, the node named. Of a streaming program the same is proven, for any way to cut a text into
+pieces: its state is one that tokens within the context have made of zeros.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from ntc.errors import VerifyError
 from ntc.meta import TYPE, module_of, where
 from ntc.ops import spec_of
 from ntc.ops.interval import Bound, Interval, bits_of
-from ntc.program import Program
+from ntc.program import Program, op_name
 from ntc.spike_type import INDEX
 
 __all__ = ["Width", "bounds", "widths"]
@@ -61,14 +63,16 @@ def widths(program: Program) -> list[Width]:
     rows = []
     for node, bound in bounds(program).items():
         rows += [_row(node, i.what, "", i.low, i.high, i.most) for i in bound.inside]
-        value: Tensor = node.meta["val"]
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):  # several results: those who take one of them have its row
+            continue
         most = torch.iinfo(value.dtype).max if not value.is_floating_point() else (1 << 24) - 1
         rows.append(_row(node, "result", str(value.dtype).removeprefix("torch."), *bound.result.ends, most))
     return rows
 
 
 def _row(node: Node, what: str, dtype: str, low: int, high: int, limit: int) -> Width:
-    op = str(node.target).rsplit(".", 1)[0].removeprefix("aten.")
+    op = op_name(node.target)
     return Width(node.name, module_of(node), op, what, dtype, low, high, bits_of(low, high), limit)
 
 
@@ -82,6 +86,10 @@ def bounds(program: Program) -> dict[Node, Bound]:
     for node in program.graph.nodes:
         if node.op != "call_function" or node.meta.get(TYPE) == INDEX:
             continue
+        if node.target is operator.getitem and node.args[0] in found:
+            several = found[node.args[0]]
+            found[node] = Bound((several.result, *several.others)[node.args[1]])
+            continue
         spec = spec_of(node)
         if spec is None or spec.bound is None:
             raise VerifyError(f"{node.target} has no interval rule, so no width can be proven: {where(node)}; run quantize on the program")
@@ -93,9 +101,12 @@ def bounds(program: Program) -> dict[Node, Bound]:
                     f"the {inside.what} of {where(node)} can be {inside.low} ... {inside.high}, and {inside.least} ... {inside.most} is "
                     f"what it may be: {inside.remedy}"
                 )
-        value: Tensor = node.meta["val"]
-        _check_stored(node, value, bound.result)
-        found[node] = Bound(bound.result.wide(int(value.shape[-1])), bound.inside)
+        values = node.meta["val"] if isinstance(node.meta["val"], list | tuple) else (node.meta["val"],)
+        each = list(zip(values, (bound.result, *bound.others), strict=True))
+        for value, interval in each:
+            _check_stored(node, value, interval)
+        first, *others = (interval.wide(int(value.shape[-1])) for value, interval in each)
+        found[node] = Bound(first, bound.inside, tuple(others))
     return found
 
 

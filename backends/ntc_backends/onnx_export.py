@@ -34,6 +34,7 @@ from torch import Tensor
 from ntc.errors import BackendError
 from ntc.program import Program
 from ntc_backends import onnx_integer as onnx_integer  # enters its handlers
+from ntc_backends import onnx_integer_stream as onnx_integer_stream  # likewise
 from ntc_backends.onnx_aten import by_torch
 from ntc_backends.onnx_check import Tolerance, check, verdict
 from ntc_backends.onnx_writer import EXTERNAL_BYTES, MODEL, OPSET, Writer, save

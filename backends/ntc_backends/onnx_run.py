@@ -1,10 +1,13 @@
-"""Model files in ONNX Runtime: as they are, with the spikes of every population among their outputs, or cut behind the populations."""
+"""Model files in ONNX Runtime: as they are, with the spikes of every population among their outputs, or cut behind the populations.
+
+One mechanism for both forms of a program: a file of the streaming one takes and returns a state, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -15,7 +18,7 @@ from torch.fx import Node
 from ntc.errors import BackendError, DisagreementError
 from ntc_backends.onnx_writer import onnx_type
 
-__all__ = ["Exposed", "session"]
+__all__ = ["Exposed", "Step", "session"]
 
 
 def session(model: Path | bytes, folder: Path | None = None) -> Any:
@@ -42,6 +45,20 @@ def session(model: Path | bytes, folder: Path | None = None) -> Any:
         raise BackendError(f"ONNX Runtime cannot load the model: {error}") from error
 
 
+class Step(NamedTuple):
+    """What a model did with some tokens.
+
+    Attributes:
+        logits: ``[B, L, V]``.
+        fired: What each population fired, ``[T, B, L, C]``; or its counts ``[B, L, C]``.
+        state: The new state by the names of the old one.
+    """
+
+    logits: Tensor
+    fired: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+
 class Exposed:
     """A model file whose populations are seen.
 
@@ -52,16 +69,17 @@ class Exposed:
         counts: Populations that the file runs in closed form: their value is the number of spikes ``[B, L, C]`` and not a train.
     """
 
-    def __init__(self, path: Path, populations: Mapping[str, Node], *, cut: bool) -> None:
+    def __init__(self, path: Path, populations: Mapping[str, Node], *, cut: bool, state: Sequence[str] = ()) -> None:
         """Load the model.
 
         Args:
             path: The file; external weights lie beside it.
             populations: Nodes of the program by name: nodes of the file have the same names.
             cut: Whether to cut.
+            state: Names of the parts of its state: inputs ``NAME`` and outputs ``NAME_next``.
 
         Raises:
-            DisagreementError: If the file has no such node.
+            DisagreementError: If the file has no such node, or no such state.
             BackendError: If ONNX Runtime cannot load it.
         """
         try:
@@ -69,7 +87,10 @@ class Exposed:
         except Exception as error:  # protobuf's own kinds
             raise BackendError(f"it cannot be read: {error}") from error
         nodes = {n.name: n for n in model.graph.node}
-        self.cut = cut
+        inputs, outputs = {i.name for i in model.graph.input}, {o.name for o in model.graph.output}
+        if missing := [name for name in state if name not in inputs or f"{name}_next" not in outputs]:
+            raise DisagreementError(f"the model has no state {missing[0]}")
+        self.cut, self.state = cut, tuple(state)
         self.counts: set[str] = set()
         self._values: dict[str, str] = {}
         self._outputs: dict[str, str] = {}
@@ -97,21 +118,29 @@ class Exposed:
         return name in self.counts
 
     def run(self, ids: Tensor, trains: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and what each population fires.
+        """Logits, and what each population fires; see ``step``."""
+        found = self.step(ids, {}, trains)
+        return found.logits, found.fired
+
+    def step(self, ids: Tensor, state: Mapping[str, Tensor], trains: Mapping[str, Tensor] | None = None) -> Step:
+        """One call of the model.
 
         Args:
             ids: ``[B, L]``.
+            state: Of a model of the streaming form, every part by name.
             trains: If the model is cut, what readers of the populations see, ``[T, B, L, C]``.
 
         Raises:
             BackendError: If ONNX Runtime fails.
         """
-        feeds = {"input_ids": ids.to(torch.int64).numpy()}
+        feeds = {"input_ids": ids.to(torch.int64).numpy(), **{name: value.numpy() for name, value in state.items()}}
         for name, train in (trains or {}).items():
             value = train.sum(0, dtype=torch.int32) if name in self.counts else train.to(self._dtypes[name])
             feeds[self._values[name]] = value.numpy()
+        names = ["logits", *self._outputs.values(), *(f"{name}_next" for name in self.state)]
         try:
-            logits, *found = self._session.run(["logits", *self._outputs.values()], feeds)
+            logits, *found = map(torch.from_numpy, self._session.run(names, feeds))
         except Exception as error:  # onnxruntime's own kinds
             raise BackendError(f"ONNX Runtime cannot run the model: {error}") from error
-        return torch.from_numpy(logits), dict(zip(self._outputs, map(torch.from_numpy, found), strict=True))
+        fired, after = found[: len(self._outputs)], found[len(self._outputs) :]
+        return Step(logits, dict(zip(self._outputs, fired, strict=True)), dict(zip(self.state, after, strict=True)))

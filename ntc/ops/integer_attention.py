@@ -42,7 +42,7 @@ from ntc.ops.integer import (
 )
 from ntc.ops.interval import Bound, Inside, Integers, Interval
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
-from ntc.ops.spiking_attention import SPIKING_ATTENTION
+from ntc.ops.spiking_attention import SPIKING_ATTENTION, SPIKING_ATTENTION_STREAM
 from ntc.spike_type import INTEGER, CurrentType, NodeType, SpikeType
 
 __all__ = ["CHUNK", "INTEGER_ATTENTION", "INTEGER_ATTENTION_STREAM", "integer_attention", "integer_attention_stream"]
@@ -212,7 +212,12 @@ def _constants(node: Node, growth: int) -> None:
     shift = node.args[growth + 2]
     assert isinstance(shift, int)
     whole = 1 << min(shift, MOST_SHIFT)
-    check_constant(node, node.args[growth + 1], lambda x: (x >= 0) & (x <= whole), f"a renewal by 2^-{shift} keeps 0 to 2^{shift}")
+
+    def kept(renewal: Tensor) -> Tensor:
+        wide = renewal.to(torch.int64)  # int32 cannot be compared with 2^36
+        return (wide >= 0) & (wide <= whole)
+
+    check_constant(node, node.args[growth + 1], kept, f"a renewal by 2^-{shift} keeps 0 to 2^{shift}")
 
 
 def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
@@ -228,10 +233,15 @@ def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str,
     if len(tensors) > 4:
         kv_heads = node.args[4]
         assert isinstance(kv_heads, int)
-        tokens = key.numel() // key.shape[-1] // key.shape[-2]
-        renewals = max(key.shape[-2] - 1, 0) // growth.shape[1]
-        found["leak"] = float(tokens * renewals * key.shape[-1] * (value.shape[-1] // kv_heads))
+        found["leak"] = _renewed_entries(key, value, kv_heads, growth.shape[1], 0)
     return found
+
+
+def _renewed_entries(key: Tensor, value: Tensor, kv_heads: int, period: int, position: int) -> float:
+    """Entries of all memories that renewals multiply at tokens ``position`` ... ``position + L - 1``; there is none at token 0."""
+    renewals = (position + key.shape[-2] - 1) // period - (max(position, 1) - 1) // period
+    memories = key.numel() // key.shape[-1] // key.shape[-2]  # time steps and sequences
+    return float(memories * renewals * key.shape[-1] * (value.shape[-1] // kv_heads))
 
 
 def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
@@ -309,8 +319,36 @@ def _infer_stream(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     return result
 
 
+def _measure_stream(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str, float]:
+    """As of ``ntc::spiking_attention_stream``; a renewal multiplies the whole of M at the first token of each period but token 0."""
+    assert SPIKING_ATTENTION_STREAM.measure is not None
+    query, key, value, _, growth, *more = tensors
+    found = SPIKING_ATTENTION_STREAM.measure([x.to(torch.float32) for x in (query, key, value)], result, node)
+    if len(more) > 1:
+        kv_heads = node.args[5]
+        assert isinstance(kv_heads, int)
+        found["leak"] = _renewed_entries(key, value, kv_heads, growth.shape[1], int(more[-1]))
+    return found
+
+
+def _count_stream(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    assert SPIKING_ATTENTION_STREAM.count is not None
+    return SPIKING_ATTENTION_STREAM.count(node, operands, result, measured)
+
+
+def _bound_stream(
+    node: Node, context: int, query: Interval, key: Interval, value: Interval, state: None, heads: int, kv_heads: int, growth: Tensor,
+    renewal: Tensor | None, shift: int, position: None,
+) -> Bound:  # fmt: skip
+    """Wherever tokens begin, their memory is one that the parallel form goes through; the state behind them is one more."""
+    parallel = _bound(node, context, query, key, value, heads, kv_heads, growth, renewal, shift)
+    memory = parallel.inside[0]
+    return Bound(parallel.result, parallel.inside, (Interval.of(memory.low, memory.high),))
+
+
 INTEGER_ATTENTION_STREAM = register(
     OpSpec(
-        target=torch.ops.ntc.integer_attention_stream.default, infer=_infer_stream, element="dynamic_product", kind="attention",
+        target=torch.ops.ntc.integer_attention_stream.default, infer=_infer_stream, count=_count_stream, measure=_measure_stream,
+        element="dynamic_product", kind="attention", bound=_bound_stream,
     )
 )  # fmt: skip

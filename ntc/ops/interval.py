@@ -132,12 +132,14 @@ class Bound:
     """What a rule says.
 
     Attributes:
-        result: Of the op's result.
+        result: Of the op's result, or of the first if it has several.
         inside: What is held inside, in the order of the computation.
+        others: Of the results behind the first.
     """
 
     result: Interval
     inside: tuple[Inside, ...] = ()
+    others: tuple[Interval, ...] = ()
 
 
 def as_interval(value: Interval | Tensor | int) -> Interval:
@@ -150,6 +152,6 @@ def as_interval(value: Interval | Tensor | int) -> Interval:
 BoundRule: TypeAlias = Callable[..., Bound]
 """Called with the node, the most tokens of a sequence (0 = not limited), and the arguments of the node by their names.
 
-Values that the program computes are an ``Interval`` with bounds for each channel, constants are tensors, ids and positions None, the
-rest is what it is. A rule may assume that types and shapes are right.
+Values that the program computes are an ``Interval`` with bounds for each channel, constants are tensors, ids, positions and a state None,
+the rest is what it is. A rule may assume that types and shapes are right, and that a state is what tokens have made of zeros.
 """

@@ -98,7 +98,10 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=result.numel)
 
 
-def _bound(node: Node, context: int, x: Interval, multiplier: Tensor, shift: int, low: int, high: int) -> Bound:
+def _bound(
+    node: Node, context: int, x: Interval, multiplier: Tensor, shift: int, low: int, high: int, start: None = None
+) -> Bound:  # fmt: skip
+    """Any row may meet any value, wherever the tokens begin."""
     rows = multiplier if multiplier.dim() == 2 else multiplier.unsqueeze(0)
     factor = Interval(*(integers(end) for end in torch.aminmax(rows, dim=0)))
     product = x * factor
@@ -112,5 +115,5 @@ REQUANTIZE = register(
     OpSpec(target=torch.ops.ntc.requantize.default, infer=_infer, count=_count, element="scale", kind="scale", bound=_bound)
 )
 REQUANTIZE_STREAM = register(
-    OpSpec(target=torch.ops.ntc.requantize_stream.default, infer=_infer, count=_count, element="scale", kind="scale")
+    OpSpec(target=torch.ops.ntc.requantize_stream.default, infer=_infer, count=_count, element="scale", kind="scale", bound=_bound)
 )

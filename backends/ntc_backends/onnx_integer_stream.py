@@ -1,0 +1,278 @@
+"""The streaming ops of the integer grade in ONNX: the next tokens and a state of int32 in, the program's own integers out.
+
+How the arithmetic stays exact is said in ``onnx_integer_functions``; the widths that are proven for the whole context (``ntc.widths``)
+choose the dtypes here too. They hold for tokens within the model's context that began with a state of zeros.
+
+Spiking attention takes its tokens in chunks that end where renewal periods do, as the kernel does, so one token is one small chunk and a
+prompt is one for each period. The memory is int32 from end to end: what renews or reads it goes through floating point (a renewal that
+may pass ``2^53`` through int64) and comes back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.fx import Node
+
+from ntc.ops.interval import Bound
+from ntc.widths import bounds
+from ntc_backends.onnx_integer_functions import DOUBLE, FLOAT, INT64, onnx_function, without_comments, word
+from ntc_backends.onnx_integer_functions import requantize as requantize_function
+from ntc_backends.onnx_writer import Value, Writer, bound, functions_in, handles, onnx_type
+
+__all__ = ["attention_stream", "requantize_stream"]
+
+ntc = torch.ops.ntc
+
+_EXACT = {FLOAT: 1 << 24, DOUBLE: 1 << 53}
+"""Integers below are exact."""
+
+_PROVEN: WeakKeyDictionary[Writer, dict[Node, Bound]] = WeakKeyDictionary()
+
+
+def _held(w: Writer, node: Node) -> dict[str, int]:
+    """Largest magnitude of what an op holds, by name."""
+    return {i.what: max(-i.low, i.high) for i in _proven(w)[node].inside}
+
+
+def _proven(w: Writer) -> dict[Node, Bound]:
+    if w not in _PROVEN:
+        _PROVEN[w] = bounds(w.program)
+    return _PROVEN[w]
+
+
+def _exact_in(most: int) -> int:
+    return FLOAT if most < _EXACT[FLOAT] else DOUBLE
+
+
+def _call(w: Writer, text: str, inputs: list[str], outputs: int, **attributes: Any) -> list[str]:
+    """A call of a local function given by its text."""
+    (function,) = functions_in(text)
+    w.functions.setdefault((function.domain, function.name, function.overload), function)
+    return w.call_many(function.name, inputs, outputs, domain=function.domain, overload=function.overload, **attributes)
+
+
+# -------------------------------------------------------------------------------------------------------------- requantize
+
+
+@handles(ntc.requantize_stream.default)
+def _requantize(w: Writer, node: Node) -> Value:
+    a = bound(node)
+    by_position = a["multiplier"].meta["val"].dim() == 2
+    real = _held(w, node)["product"] < _EXACT[DOUBLE]
+    text, inputs = requantize_stream(by_position, real, onnx_type(node.meta["val"].dtype)), ["x", "multiplier"]
+    if by_position:
+        inputs.append("start")
+    (name,) = _call(w, text, [w.name_of(a[k]) for k in inputs], 1, **{k: a[k] for k in ("shift", "low", "high")})
+    return name
+
+
+def requantize_stream(by_position: bool, real: bool, to: int) -> str:
+    """``Requantize`` of tokens that begin at position ``start``, int64 ``[1]``; without rows by position it is the one of whole texts."""
+    text = requantize_function(by_position, real, to)
+    if not by_position:
+        return text
+    changes = {
+        'overload: "position': 'overload: "position.start',
+        "(x, multiplier) => (y)": "(x, multiplier, start) => (y)",
+        "positions = Range(zero, length, step)": "numbers = Range(zero, length, step)  positions = Add(numbers, start)",
+    }
+    for before, after in changes.items():
+        assert text.count(before) == 1, f"{before} is not in the function once"
+        text = text.replace(before, after)
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------------- attention
+
+
+@handles(ntc.integer_attention_stream.default)
+def _attention(w: Writer, node: Node) -> Value:
+    a, held = bound(node), _held(w, node)
+    renewed = a["renewal"] is not None
+    query, key, value = (_proven(w)[a[k]].result.magnitude for k in ("query", "key", "value"))
+    rows = a["key"].meta["val"].shape[-1] // a["kv_heads"]
+    met, cross = query * key * rows, held["count"]
+    if renewed:  # a chunk is within one period
+        written = key * value * int(w.program.tensor(a["growth"]).sum(1, dtype=torch.int64).max())
+        inner = query * rows * written
+    else:
+        written, inner = held["memory"], cross
+    renewal = DOUBLE if held.get("memory times renewal", 0) < _EXACT[DOUBLE] else INT64
+    text = attention_stream(renewed, _exact_in(met), _exact_in(inner), _exact_in(written), _exact_in(cross), renewal)
+    names = ["query", "key", "value", "state", "growth", *(("renewal", "position") if renewed else ())]
+    return _call(w, text, [w.name_of(a[k]) for k in names], 2, heads=a["heads"], kv_heads=a["kv_heads"], shift=a["shift"])
+
+
+_SPLIT = """
+    first = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    any = Constant <value_ints = [-1]> ()
+    kv = Constant <value_int: int = @kv_heads> ()
+    all = Constant <value_int: int = @heads> ()
+    hk = Unsqueeze(kv, first)
+    share = Div(all, kv)
+    groups = Unsqueeze(share, first)
+    lead = Shape <start = 0, end = 2> (query)
+    rows = ReduceProd(lead, first)
+    length = Shape <start = 2, end = 3> (query)
+    q_sizes = Concat <axis = 0> (rows, length, hk, groups, any)
+    kv_sizes = Concat <axis = 0> (rows, length, hk, one, any)
+    q_split = Reshape(query, q_sizes)
+    k_split = Reshape(key, kv_sizes)
+    v_split = Reshape(value, kv_sizes)
+    # With N for T B: Q [N, Hk, g, L, D], K turned [N, Hk, 1, D, L], V [N, Hk, 1, L, Dv], M [N, Hk, 1, D, Dv].
+    q_spikes = Transpose <perm = [0, 2, 3, 1, 4]> (q_split)
+    k_spikes = Transpose <perm = [0, 2, 3, 4, 1]> (k_split)
+    v_spikes = Transpose <perm = [0, 2, 3, 1, 4]> (v_split)
+    sides = Shape <start = 3> (state)
+    memory_sizes = Concat <axis = 0> (rows, hk, one, sides)
+    memory = Reshape(state, memory_sizes)
+    # Growth [Hk, R] becomes [Hk, 1, R, 1].
+    weight_axes = Constant <value_ints = [1, 3]> ()
+    weight_ints = Unsqueeze(growth, weight_axes)
+"""
+
+_MERGE = """
+    rows_back = Transpose <perm = [0, 3, 1, 2, 4]> (counted_all)
+    merged = Concat <axis = 0> (lead, length, any)
+    counts = Reshape(rows_back, merged)
+    whole_state = Shape(state)
+    state_next = Reshape(memory_end, whole_state)
+"""
+
+_CHUNK = """
+    number_row = Reshape(number, one)
+    from = Mul(number_row, period)
+    begin_of_period = Sub(from, offset)
+    is_first = Less(number_row, one)
+    begin = Where(is_first, first, begin_of_period)
+    end = Add(begin_of_period, period)
+    q = Slice(q_all, begin, end, token_axis)
+    k = Slice(k_all, begin, end, turned_axis)
+    v = Slice(v_all, begin, end, token_axis)
+    row = Sub(begin, begin_of_period)
+    tokens = Shape <start = 3, end = 4> (q)
+    row_end = Add(row, tokens)
+    g = Slice(weight, row, row_end, row_axis)
+    place = Add(position, begin)
+    begins_period = Equal(row, first)
+    has_past = Greater(place, first)
+    renews_row = And(begins_period, has_past)
+    renews = Squeeze(renews_row)
+"""
+
+
+def attention_stream(renewed: bool, met: int, inner: int, written: int, cross: int, renewal: int) -> str:
+    """``IntegerAttentionStream``: counts of the next tokens, and the memory behind them.
+
+    Each dtype is one in which its products are exact.
+
+    Args:
+        renewed: Whether there is a renewal; without one all tokens are one chunk.
+        met: Of coincidences of queries and keys.
+        inner: Of those times the values, which carry the growth: the counts that come from the same chunk.
+        written: Of what a chunk adds to the memory.
+        cross: Of queries times memory: the counts that come from earlier tokens.
+        renewal: Of memory times renewal: float64 or int64.
+    """
+    body = _SPLIT
+    suffix = ("_all", "_before") if renewed else ("", "")
+    body += f"""
+    q{suffix[0]} = Cast <to = {met}> (q_spikes)
+    k{suffix[0]} = Cast <to = {met}> (k_spikes)
+    v{suffix[0]} = Cast <to = {written}> (v_spikes)
+    {"weight" if renewed else "g"} = Cast <to = {written}> (weight_ints)
+    """
+    products = _products(inner, written, cross)
+    if renewed:
+        constants, branch = _renewal(renewal)
+        body += f"""
+    {constants}
+    token_axis = Constant <value_ints = [3]> ()
+    turned_axis = Constant <value_ints = [4]> ()
+    row_axis = Constant <value_ints = [2]> ()
+    period = Shape <start = 1, end = 2> (growth)
+    offset = Mod(position, period)
+    behind = Add(offset, length)
+    short = Sub(period, one)
+    filled = Add(behind, short)
+    chunks = Div(filled, period)
+    always_row = Greater(one, first)
+    always = Squeeze(always_row)
+    nothing = SequenceEmpty <dtype = 6> ()
+    memory_end, parts = Loop <body = chunk (int64 number, bool going, m_before, before) => (going_on, m_next, after) {{
+    {_CHUNK}
+    m = If (renews) <
+        then_branch = renewed () => (m_renewed) {{ {branch} }}, else_branch = kept () => (m_kept) {{ m_kept = Identity(m_before) }}
+    >
+    {products}
+    after = SequenceInsert(before, counted)
+    going_on = Identity(going)
+    }}> (chunks, always, memory, nothing)
+    counted_all = ConcatFromSequence <axis = 3> (parts)
+    """
+    else:
+        body += f"m = Identity(memory)\n{products}\n    memory_end = Identity(m_next)  counted_all = Identity(counted)\n"
+    body += _MERGE
+    words = ["renewal" if renewed else "", *map(word, (met, inner, written, cross)), word(renewal) if renewed else ""]
+    signature = f"(query, key, value, state, growth{', renewal, position' if renewed else ''}) => (counts, state_next)"
+    return onnx_function("IntegerAttentionStream", words, "heads, kv_heads, shift", signature, without_comments(body))
+
+
+def _products(inner: int, written: int, cross: int) -> str:
+    """Counts of a chunk and the memory behind it."""
+    return f"""
+    met = MatMul(q, k)
+    causal = Trilu <upper = 0> (met)
+    met_inner = Cast <to = {inner}> (causal)
+    v_grown = Mul(v, g)
+    v_inner = Cast <to = {inner}> (v_grown)
+    inner = MatMul(met_inner, v_inner)
+    q_cross = Cast <to = {cross}> (q)
+    m_cross = Cast <to = {cross}> (m)
+    outer = MatMul(q_cross, m_cross)
+    inner_whole = Cast <to = 6> (inner)
+    outer_whole = Cast <to = 6> (outer)
+    counted = Add(inner_whole, outer_whole)
+    k_written = Cast <to = {written}> (k)
+    written = MatMul(k_written, v_grown)
+    written_whole = Cast <to = 6> (written)
+    m_next = Add(m, written_whole)"""
+
+
+def _renewal(renewal: int) -> tuple[str, str]:
+    """``round(M renewal / 2^shift)``: what is made once, and what is made at the beginning of each period."""
+    constants = """
+    keep_axes = Constant <value_ints = [1, 2, 3]> ()
+    two = Constant <value = double {2.0}> ()
+    places = Constant <value_int: int = @shift> ()
+    places_real = Cast <to = 11> (places)
+    whole_renewal = Pow(two, places_real)
+    """
+    if renewal == DOUBLE:
+        return constants + """
+    half = Constant <value = double {0.5}> ()
+    fraction = Reciprocal(whole_renewal)
+    renewal_real = Cast <to = 11> (renewal)
+    keep_flat = Mul(renewal_real, fraction)
+    keep = Unsqueeze(keep_flat, keep_axes)
+    """, """
+    m_wide = Cast <to = 11> (m_before)  m_kept_real = Mul(m_wide, keep)  m_half = Add(m_kept_real, half)  m_floor = Floor(m_half)
+    m_renewed = Cast <to = 6> (m_floor)
+    """  # fmt: skip
+    return constants + """
+    whole_int = Cast <to = 7> (whole_renewal)
+    two_int = Constant <value_int = 2> ()
+    half = Div(whole_int, two_int)
+    far = Constant <value_int = 4611686018427387904> ()
+    far_shifted = Div(far, whole_int)
+    positive = Add(half, far)
+    keep_flat = Cast <to = 7> (renewal)
+    keep = Unsqueeze(keep_flat, keep_axes)
+    """, """
+    m_wide = Cast <to = 7> (m_before)  m_kept_wide = Mul(m_wide, keep)  m_raised = Add(m_kept_wide, positive)
+    m_lower = Div(m_raised, whole_int)  m_floor = Sub(m_lower, far_shifted)  m_renewed = Cast <to = 6> (m_floor)
+    """  # fmt: skip
