@@ -98,6 +98,21 @@ def test_one_token_after_the_other_with_state() -> None:
     assert simulator.memory["state"] == 0
 
 
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_spikes_are_seen_and_replaced_as_they_are_fired(stepwise: bool) -> None:
+    case, ids = integer_case("leaking"), torch.randint(0, 13, (2, 7), generator=torch.Generator().manual_seed(4))
+    expected, simulator = reference(case.program, ids), Simulator(case.folder)
+    seen: dict[str, list[np.ndarray]] = {}
+    logits = simulator.run(ids.numpy(), stepwise=stepwise, spikes=lambda name, train: seen.setdefault(name, []).append(train))
+    assert np.array_equal(logits, expected.logits)
+    assert {name: len(parts) for name, parts in seen.items()} == dict.fromkeys(expected.spikes, 7 if stepwise else 1)
+    assert all(np.array_equal(np.concatenate(seen[name], axis=2), train) for name, train in expected.spikes.items())
+    last = list(expected.spikes)[-1]
+    silent = simulator.run(ids.numpy(), stepwise=stepwise, spikes=lambda name, train: np.zeros_like(train) if name == last else None)
+    assert not np.array_equal(silent, expected.logits)
+    assert np.array_equal(simulator.run(ids.numpy(), stepwise=stepwise), expected.logits)  # and nothing is left behind
+
+
 def test_softmax_attention_on_the_host_goes_on_token_by_token() -> None:
     case, ids = double_case("ffn-only"), example_ids(batch=1, length=9, seed=3)[0]
     simulator = Simulator(case.folder)

@@ -28,6 +28,7 @@ from ntc_backends.simulator.trains import Decode, Scale
 __all__ = ["Simulator"]
 
 Progress = Callable[[str, int, int], None]
+Spikes = Callable[[str, Array], Array | None]
 
 
 class Simulator:
@@ -96,7 +97,7 @@ class Simulator:
 
     def run(
         self, ids: Sequence[int] | Sequence[Sequence[int]] | Array, *, stepwise: bool = False, rasters: bool = False,
-        progress: Progress | None = None,
+        progress: Progress | None = None, spikes: Spikes | None = None,
     ) -> Array:  # fmt: skip
         """Run whole sequences from their beginning; what was counted before is forgotten.
 
@@ -105,6 +106,8 @@ class Simulator:
             stepwise: Token by token, step by step, event by event, as a chip works; else layer by layer for all tokens.
             rasters: Keep where and when each neuron fired.
             progress: Called with (what, done, total).
+            spikes: Called with the name of each population and the train ``[T, B, L, C]`` that it fired, at each token if ``stepwise``;
+                what it returns, unless None, is what readers of the population get. It is not to write into the train.
 
         Returns:
             Logits ``[L, V]`` or ``[B, L, V]``.
@@ -117,12 +120,12 @@ class Simulator:
         self.reset(rasters=rasters)
         report = progress or (lambda what, done, total: None)
         if not stepwise:
-            logits = self._advance(tokens, stepwise=False, progress=report)
+            logits = self._advance(tokens, stepwise=False, progress=report, spikes=spikes)
         else:
             rows = []
             for i in range(tokens.shape[1]):
                 report("tokens", i, tokens.shape[1])
-                rows.append(self._advance(tokens[:, i : i + 1], stepwise=True, progress=lambda what, done, total: None))
+                rows.append(self._advance(tokens[:, i : i + 1], stepwise=True, progress=_quiet, spikes=spikes))
             logits = np.concatenate(rows, axis=1)
         report("done", 1, 1)
         return logits if np.ndim(ids) == 2 else logits[0]
@@ -134,7 +137,7 @@ class Simulator:
             DataError: If it is no token id, or the context is full: ``reset`` begins another sequence.
         """
         tokens = self._checked([token_id], self._before)
-        return np.asarray(self._advance(tokens, stepwise=True, progress=lambda what, done, total: None)[0, 0])
+        return np.asarray(self._advance(tokens, stepwise=True, progress=_quiet, spikes=None)[0, 0])
 
     def reset(self, *, rasters: bool = False) -> None:
         """Begin anew: no tokens, no memory, nothing counted."""
@@ -168,7 +171,7 @@ class Simulator:
             raise DataError(f"the model has a context of {model.context} tokens, and {before + tokens.shape[-1]} are given")
         return tokens.astype(np.int64).reshape(-1, tokens.shape[-1])
 
-    def _advance(self, tokens: Array, *, stepwise: bool, progress: Progress) -> Array:
+    def _advance(self, tokens: Array, *, stepwise: bool, progress: Progress, spikes: Spikes | None) -> Array:
         """Run a piece of the sequences; returns its logits ``[B, L, V]``."""
         piece = Piece(tokens.shape[0], self._before, tokens.shape[1], stepwise, self._state, self.counter)
         values: dict[str, Any] = {f"{self.netlist.input.name}:ids": tokens}
@@ -191,6 +194,9 @@ class Simulator:
                     values[f"{name}:{first}"] = self._runners[name](*given.values())
                 else:
                     values[f"{name}:{first}"] = self._runners[name](piece, *given.values())
+                if spikes is not None and isinstance(element, schema.Population):
+                    other = spikes(name, values[f"{name}:{first}"])
+                    values[f"{name}:{first}"] = values[f"{name}:{first}"] if other is None else other
             except (IndexError, TypeError, ValueError) as error:
                 raise BackendError(f"{name} cannot be computed: {' '.join(str(error).split())}") from error
             for endpoint in dict(element.inputs).values():
@@ -203,6 +209,10 @@ class Simulator:
         if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
             raise BackendError(f"logits have the shape {[*tokens.shape, 'V']}, and {self.netlist.output.logits} is {list(logits.shape)}")
         return logits
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    """Progress that nobody wants to see."""
 
 
 def _bytes(value: Any) -> int:
