@@ -11,8 +11,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from ntc.meta import MADE_BY, ORIGIN
 from ntc.ops import aten
+from ntc.pipeline import run_pipeline
 from ntc.program import ModelInfo, Program
 from ntc.verify import verify
+from ntc_passes.to_streaming import ToStreaming
 
 ntc = torch.ops.ntc
 STEPS, CHANNELS, VOCABULARY, CONTEXT = 4, 8, 13, 24
@@ -56,6 +58,13 @@ class Builder:
         return made
 
 
+def streaming(program: Program) -> Program:
+    """Its streaming form; programs made by hand are canonical."""
+    canonical = program.copy()
+    canonical.facts |= {"canonical"}
+    return run_pipeline(canonical, [ToStreaming()])
+
+
 def one_op(make: Callable[[Builder, Node], Node], table: Tensor, context: int = CONTEXT) -> Program:
     """A program of one op (or a few) on the rows of a table, its result as logits."""
     b = Builder(table, context)
@@ -69,10 +78,13 @@ def integers(low: int, high: int, *shape: int, seed: int = 0, dtype: torch.dtype
     return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def block(*, leak: bool = True, signed: bool = True, neuron: bool = True, centre: bool = True, heads: int = 2, kv_heads: int = 2) -> Program:
+def block(
+    *, leak: bool = True, signed: bool = True, neuron: bool = True, centre: bool = True, heads: int = 2, kv_heads: int = 2,
+    context: int = CONTEXT,
+) -> Program:  # fmt: skip
     """One transformer block of spiking attention and a feed-forward layer, with random weights."""
     c, head = CHANNELS, CHANNELS // heads
-    b = Builder(integers(-500, 500, VOCABULARY, c))
+    b = Builder(integers(-500, 500, VOCABULARY, c), context)
     weight = [integers(-127, 127, n, c, seed=i, dtype=torch.int8) for i, n in enumerate([c, head * kv_heads, head * kv_heads, c, 2 * c], 1)]
     theta = [integers(3000, 9000, len(w), seed=i + 10) for i, w in enumerate(weight)]
     gain, offset = integers(100, 2000, c, seed=20), integers(-1000, 1000, c, seed=21)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ import onnx
 import onnx.numpy_helper
 import pytest
 import torch
-from onnx import helper
-from test_onnx_export import session
+from onnx_cases import run_function, session
 from torch import Tensor
 
 import ntc.ops as ops
 from ntc.compiler import export
-from ntc.errors import BackendError
+from ntc.errors import BackendError, DisagreementError
 from ntc.pipeline import exact_limit, run_pipeline
 from ntc.program import Program
 from ntc.registry import backend
@@ -27,11 +26,7 @@ from ntc.streaming import Stream
 from ntc.testing import example_ids
 from ntc_backends.onnx_export import OnnxBackend
 from ntc_backends.onnx_stream import STREAMING, OnnxStreamingBackend, check_stream
-from ntc_backends.onnx_writer import OPSET, functions_in
-from ntc_passes.convert_ffn import ConvertFfn
-from ntc_passes.fold_thresholds import FoldThresholds
 from ntc_passes.insert_neurons import InsertNeurons
-from ntc_passes.quantize import Quantize
 from ntc_passes.replace_attention import ReplaceAttention
 from ntc_passes.to_streaming import ToStreaming
 from tests.programs import CONTEXT, calibrated, canonical, nano, rates
@@ -39,24 +34,6 @@ from tests.programs import CONTEXT, calibrated, canonical, nano, rates
 OPS = torch.ops.ntc
 
 # ------------------------------------------------------------------------------------------------------------- ops alone
-
-
-def run_function(op: Any, tensors: Sequence[Tensor], ranks: Sequence[int], overload: str = "", **attributes: Any) -> list[Tensor]:
-    """One call of an op's ONNX function in ONNX Runtime, nothing else in the model; ``ranks`` of its results."""
-    (function,) = [f for f in functions_in(ops.SPECS[op].onnx) if f.overload == overload]
-    node = helper.make_node(function.name, list(function.input), list(function.output), domain="ntc", **attributes)
-    node.overload = overload
-    inputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(str(t.dtype).removeprefix("torch."))), [None] * t.dim())
-        for name, t in zip(function.input, tensors, strict=True)
-    ]
-    outputs = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [None] * r) for n, r in zip(function.output, ranks, strict=True)]
-    model = helper.make_model(
-        helper.make_graph([node], "op", inputs, outputs), functions=[function], ir_version=10,
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid("ntc", 1)],
-    )  # fmt: skip
-    onnx.checker.check_model(model, full_check=True)
-    return [torch.from_numpy(x) for x in session(model).run(None, {i: t.numpy() for i, t in zip(function.input, tensors, strict=True)})]
 
 
 def spikes(*shape: int) -> Tensor:
@@ -239,8 +216,14 @@ def late(model: onnx.ModelProto) -> None:
 )
 def test_the_check_finds_a_file_that_is_wrong(change: Any, message: str, tmp_path: Path, emitted: Files) -> None:
     path, _ = emitted("leak")
-    with pytest.raises(BackendError, match=message):
+    with pytest.raises(DisagreementError, match=message):
         check_stream(altered(path, tmp_path, change), streaming("leak"), example_ids(length=24))
+
+
+def test_a_file_without_the_state_of_the_program_is_another_one(emitted: Files) -> None:
+    path, _ = emitted("softmax")
+    with pytest.raises(DisagreementError, match="the model has no state h_0_attn_attention_ssa_memory"):
+        check_stream(path, streaming("leak"), example_ids(length=24))
 
 
 def test_nothing_is_written_unless_it_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,12 +234,8 @@ def test_nothing_is_written_unless_it_agrees(tmp_path: Path, monkeypatch: pytest
 
 
 def test_each_back_end_writes_its_own_form(tmp_path: Path) -> None:
-    steps = [ReplaceAttention.configure({"normalizer": "leak"}), ConvertFfn(), FoldThresholds(), InsertNeurons(), Quantize(), ToStreaming()]
-    integers = run_pipeline(calibrated(n_layer=1), steps, CONTEXT)
     with pytest.raises(BackendError, match="run the pass to-streaming"):
         OnnxStreamingBackend().emit(canonical(n_layer=1), tmp_path)
-    with pytest.raises(BackendError, match="does not write programs of integers yet: --emit onnx writes their parallel form"):
-        OnnxStreamingBackend().emit(integers, tmp_path)
     with pytest.raises(BackendError, match="onnx-streaming writes it"):
         OnnxBackend().emit(streaming("softmax"), tmp_path)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from netlist_cases import Case, agreement, cached
-from test_onnx_export import KINDS, SHAPES, compiled, numbers, run_op
+from onnx_cases import KINDS, SHAPES, compiled, numbers, run_op
 
 import ntc
 import ntc.ops as ops

@@ -1,11 +1,12 @@
 import pytest
 import torch
-from integer_programs import CHANNELS, CONTEXT, STEPS, VOCABULARY, Builder, block, integers, ntc, one_op
+from integer_programs import CHANNELS, CONTEXT, STEPS, VOCABULARY, Builder, block, integers, ntc, one_op, streaming
 from programs import canonical
 
 from ntc.errors import VerifyError
 from ntc.ops import aten
 from ntc.program import interpret
+from ntc.streaming import Stream
 from ntc.widths import bounds, widths
 
 
@@ -42,6 +43,26 @@ def test_rows_say_what_every_register_needs():
     assert rows["q", "result"].op == "ntc.integer_fire"
     assert {what for node, what in rows if node == "attention"} == {"memory", "count", "memory times renewal", "result"}
     assert all(row.low <= row.high <= row.limit for row in rows.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"leak": False, "kv_heads": 1}])
+def test_a_streaming_program_has_the_widths_of_the_parallel_one(options):
+    """Whatever the cuts, and its state besides."""
+    parallel, stream = block(**options), streaming(block(**options))
+
+    def rows(program):
+        return {(row.node.removesuffix("_stream"), row.what): (row.low, row.high, row.bits, row.dtype) for row in widths(program)}
+
+    before, after = rows(parallel), rows(stream)
+    memory = after.pop(("attention_memory_next", "result"))
+    assert after == before
+    assert memory == (*before["attention", "memory"][:3], "int32")
+    ids = torch.randint(0, VOCABULARY, (20, CONTEXT), generator=torch.Generator().manual_seed(0))
+    state = Stream(stream, 20)
+    for start in range(0, CONTEXT, 5):
+        state(ids[:, start : start + 5])
+        memories = state.named()["attention_memory"]
+        assert memory[0] <= int(memories.min()) < int(memories.max()) <= memory[1]
 
 
 def test_bounds_are_per_channel():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from op_cases import Constant, infer, item_of, node_of
 from torch import nn
 
-from ntc.ops import SPECS, Interval, TypeMismatch, integer_attention, integer_attention_stream, spiking_attention
+from ntc.ops import SPECS, Interval, Operand, TypeMismatch, integer_attention, integer_attention_stream, spiking_attention
 from ntc.ops.integer_attention import INTEGER_ATTENTION
 from ntc.spike_type import ANALOG, INTEGER, CurrentType, SpikeType
 
@@ -146,12 +146,16 @@ def test_types():
         infer(STREAM, COUNT, COUNT, COUNT, ANALOG, *arguments, 0)
 
 
-@pytest.mark.parametrize(("growth", "renewal", "match"), [([[1, 2]], [8], None), ([[1, 0]], [8], "weight > 0"), ([[1, 2]], [9], r"keeps 0 to 2\^3"), ([[1, 2]], [-1], "%c6 is -1")])  # fmt: skip
-def test_constants_out_of_range_are_type_errors(growth, renewal, match):
-    node, types = node_of(OP, COUNT, COUNT, COUNT, 2, 2, GROWTH, RENEWAL, 3)
+@pytest.mark.parametrize(("growth", "renewal", "shift", "match"), [
+    ([[1, 2]], [8], 3, None), ([[1, 0]], [8], 3, "weight > 0"), ([[1, 2]], [9], 3, r"keeps 0 to 2\^3"), ([[1, 2]], [-1], 3, "%c6 is -1"),
+    # Shifts beyond what int32 can be compared with.
+    ([[1, 2]], [2**31 - 1], 31, None), ([[1, 2]], [2**31 - 1], 36, None), ([[1, 2]], [5], 62, None), ([[1, 2]], [-1], 36, "%c6 is -1"),
+])  # fmt: skip
+def test_constants_out_of_range_are_type_errors(growth, renewal, shift, match):
+    node, types = node_of(OP, COUNT, COUNT, COUNT, 2, 2, GROWTH, RENEWAL, shift)
     owner = nn.Module()
-    owner.register_buffer("c5", torch.tensor(growth))
-    owner.register_buffer("c6", torch.tensor(renewal))
+    owner.register_buffer("c5", torch.tensor(growth, dtype=torch.int32))
+    owner.register_buffer("c6", torch.tensor(renewal, dtype=torch.int32))
     node.graph.owning_module = owner
     if match is None:
         SPECS[OP].infer(node, types.__getitem__)
@@ -168,6 +172,26 @@ def test_operations_are_those_of_the_spikes_and_the_renewals():
     float_op = SPECS[torch.ops.ntc.spiking_attention.default]
     plain = float_op.measure([q.float(), k.float(), v.float()], q, node)
     assert found == plain | {"leak": 4.0 * 2 * 2 * (2 * 4 * 4)}  # steps, sequences, renewals at 4 and 8, entries of M
+
+
+def test_operations_of_the_streaming_form_are_those_of_its_memory():
+    """However the text is cut, they add up to what the parallel form says of the streaming one."""
+    q, k, v = (spikes(i, 4, 2, 21, 8) for i in range(3))
+    growth, renewal = torch.ones(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    whole_node, _ = node_of(OP, COUNT, COUNT, COUNT, 2, 2, GROWTH, RENEWAL, 3)
+    whole = INTEGER_ATTENTION.measure([q, k, v, growth, renewal], q, whole_node)
+    node, _ = node_of(STREAM, COUNT, COUNT, COUNT, CurrentType(4, "count"), 2, 2, GROWTH, RENEWAL, 3, INTEGER)
+    operands = [Operand(tuple(x.shape), COUNT, float(x.count_nonzero())) for x in (q, k)]
+    for cuts in ([0, 21], [0, 1, 4, 5, 8, 12, 21], list(range(22))):
+        found = dict.fromkeys(("write", "read", "leak"), 0.0)
+        for start, stop in pairwise(cuts):
+            part = [x[..., start:stop, :] for x in (q, k, v)]
+            one = SPECS[STREAM].measure([*part, torch.zeros(4, 2, 2, 4, 4), growth, renewal, torch.tensor([start])], part[0], node)
+            found = {name: number + one[name] for name, number in found.items()}
+        assert found == {name: whole[name] for name in found}
+    counts = SPECS[STREAM].count(node, operands, Operand(tuple(q.shape), CurrentType(4, "count"), 0.0), found)
+    assert (counts.acs, counts.macs) == (whole["write"] + whole["read"], whole["leak"])
+    assert counts.dense_macs == 2 * 21 * 2 * 2 * 4 * 4  # sequences, tokens, write and read, heads, entries of M
 
 
 @pytest.mark.parametrize("context", [5, 13, 0])
