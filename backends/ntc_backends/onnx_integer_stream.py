@@ -19,7 +19,6 @@ from torch.fx import Node
 from ntc.ops.interval import Bound
 from ntc.widths import bounds
 from ntc_backends.onnx_integer_functions import DOUBLE, FLOAT, INT64, onnx_function, without_comments, word
-from ntc_backends.onnx_integer_functions import requantize as requantize_function
 from ntc_backends.onnx_writer import Value, Writer, bound, functions_in, handles, onnx_type
 
 __all__ = ["attention_stream", "requantize_stream"]
@@ -61,28 +60,84 @@ def _call(w: Writer, text: str, inputs: list[str], outputs: int, **attributes: A
 def _requantize(w: Writer, node: Node) -> Value:
     a = bound(node)
     by_position = a["multiplier"].meta["val"].dim() == 2
-    real = _held(w, node)["product"] < _EXACT[DOUBLE]
-    text, inputs = requantize_stream(by_position, real, onnx_type(node.meta["val"].dtype)), ["x", "multiplier"]
-    if by_position:
-        inputs.append("start")
-    (name,) = _call(w, text, [w.name_of(a[k]) for k in inputs], 1, **{k: a[k] for k in ("shift", "low", "high")})
+    kind = DOUBLE if _held(w, node)["product"] < _EXACT[DOUBLE] else INT64
+    text = requantize_stream(by_position, kind, onnx_type(node.meta["val"].dtype))
+    (name,) = _call(w, text, [w.name_of(a[k]) for k in ("x", "multiplier", "start")], 1, **{k: a[k] for k in ("shift", "low", "high")})
     return name
 
 
-def requantize_stream(by_position: bool, real: bool, to: int) -> str:
-    """``Requantize`` of tokens that begin at position ``start``, int64 ``[1]``; without rows by position it is the one of whole texts."""
-    text = requantize_function(by_position, real, to)
-    if not by_position:
-        return text
-    changes = {
-        'overload: "position': 'overload: "position.start',
-        "(x, multiplier) => (y)": "(x, multiplier, start) => (y)",
-        "positions = Range(zero, length, step)": "numbers = Range(zero, length, step)  positions = Add(numbers, start)",
-    }
-    for before, after in changes.items():
-        assert text.count(before) == 1, f"{before} is not in the function once"
-        text = text.replace(before, after)
-    return text
+def requantize_stream(by_position: bool, kind: int, to: int) -> str:
+    """``Requantize`` of tokens that begin at position ``start``, int64 ``[1]``.
+
+    Args:
+        by_position: Whether the multiplier has rows, one for each position in a period.
+        kind: Float64, where products with their half are below 2^53, or int64.
+        to: Dtype of the result.
+    """
+    body = _shift(kind) + _factor(kind, "multiplier", "table")
+    if by_position:
+        body += """
+    length_row = Shape <start = -2, end = -1> (x)
+    length = Squeeze(length_row)
+    zero = Constant <value_int = 0> ()
+    step = Constant <value_int = 1> ()
+    numbers = Range(zero, length, step)
+    positions = Add(numbers, start)
+    period = Shape <start = 0, end = 1> (multiplier)
+    rows = Mod(positions, period)
+    factor = Gather <axis = 0> (table, rows)
+    """
+    else:
+        body += "factor = Identity(table)\n"
+    body += f"""
+    values = Cast <to = {kind}> (x)
+    scaled = Mul(values, factor)
+    {_rounded(kind, "scaled", "rounded")}
+    rounded_real = Cast <to = 11> (rounded)
+    low_int = Constant <value_int: int = @low> ()
+    high_int = Constant <value_int: int = @high> ()
+    least = Cast <to = 11> (low_int)
+    most = Cast <to = 11> (high_int)
+    clamped = Clip(rounded_real, least, most)
+    y = Cast <to = {to}> (clamped)
+    """
+    words = ("position" if by_position else "", "start", word(kind), word(to))
+    return onnx_function("Requantize", words, "shift, low, high", "(x, multiplier, start) => (y)", body)
+
+
+def _shift(kind: int) -> str:
+    """What ``round(a / 2^shift)`` needs, in float64 or int64: see ``onnx_integer_functions``."""
+    body = """
+    two = Constant <value = double {2.0}> ()
+    places = Constant <value_int: int = @shift> ()
+    places_real = Cast <to = 11> (places)
+    whole = Pow(two, places_real)
+    """
+    if kind == DOUBLE:
+        return body + "half = Constant <value = double {0.5}> ()  fraction = Reciprocal(whole)\n"
+    return body + """
+    whole_int = Cast <to = 7> (whole)
+    two_int = Constant <value_int = 2> ()
+    half = Div(whole_int, two_int)
+    far = Constant <value_int = 4611686018427387904> ()
+    far_shifted = Div(far, whole_int)
+    positive = Add(half, far)
+    """
+
+
+def _factor(kind: int, name: str, result: str) -> str:
+    """A multiplier as ``_rounded`` takes its products: in float64 the places are shifted off already, which is exact."""
+    if kind == DOUBLE:
+        return f"{result}_real = Cast <to = 11> ({name})  {result} = Mul({result}_real, fraction)\n"
+    return f"{result} = Cast <to = 7> ({name})\n"
+
+
+def _rounded(kind: int, product: str, result: str) -> str:
+    """``round(product / 2^shift)``."""
+    if kind == DOUBLE:
+        return f"{result}_half = Add({product}, half)  {result} = Floor({result}_half)"
+    quotient = f"{result}_raised = Add({product}, positive)  {result}_high = Div({result}_raised, whole_int)"
+    return f"{quotient}  {result} = Sub({result}_high, far_shifted)"
 
 
 # --------------------------------------------------------------------------------------------------------------- attention
@@ -188,9 +243,12 @@ def attention_stream(renewed: bool, met: int, inner: int, written: int, cross: i
     """
     products = _products(inner, written, cross)
     if renewed:
-        constants, branch = _renewal(renewal)
         body += f"""
-    {constants}
+    {_shift(renewal)}
+    {_factor(renewal, "renewal", "keep_flat")}
+    # One for each key head, [Hk, 1, 1, 1].
+    keep_axes = Constant <value_ints = [1, 2, 3]> ()
+    keep = Unsqueeze(keep_flat, keep_axes)
     token_axis = Constant <value_ints = [3]> ()
     turned_axis = Constant <value_ints = [4]> ()
     row_axis = Constant <value_ints = [2]> ()
@@ -206,7 +264,13 @@ def attention_stream(renewed: bool, met: int, inner: int, written: int, cross: i
     memory_end, parts = Loop <body = chunk (int64 number, bool going, m_before, before) => (going_on, m_next, after) {{
     {_CHUNK}
     m = If (renews) <
-        then_branch = renewed () => (m_renewed) {{ {branch} }}, else_branch = kept () => (m_kept) {{ m_kept = Identity(m_before) }}
+        then_branch = renewed () => (m_renewed) {{
+            m_wide = Cast <to = {renewal}> (m_before)
+            m_scaled = Mul(m_wide, keep)
+            {_rounded(renewal, "m_scaled", "m_rounded")}
+            m_renewed = Cast <to = 6> (m_rounded)
+        }},
+        else_branch = kept () => (m_kept) {{ m_kept = Identity(m_before) }}
     >
     {products}
     after = SequenceInsert(before, counted)
@@ -241,38 +305,3 @@ def _products(inner: int, written: int, cross: int) -> str:
     written = MatMul(k_written, v_grown)
     written_whole = Cast <to = 6> (written)
     m_next = Add(m, written_whole)"""
-
-
-def _renewal(renewal: int) -> tuple[str, str]:
-    """``round(M renewal / 2^shift)``: what is made once, and what is made at the beginning of each period."""
-    constants = """
-    keep_axes = Constant <value_ints = [1, 2, 3]> ()
-    two = Constant <value = double {2.0}> ()
-    places = Constant <value_int: int = @shift> ()
-    places_real = Cast <to = 11> (places)
-    whole_renewal = Pow(two, places_real)
-    """
-    if renewal == DOUBLE:
-        return constants + """
-    half = Constant <value = double {0.5}> ()
-    fraction = Reciprocal(whole_renewal)
-    renewal_real = Cast <to = 11> (renewal)
-    keep_flat = Mul(renewal_real, fraction)
-    keep = Unsqueeze(keep_flat, keep_axes)
-    """, """
-    m_wide = Cast <to = 11> (m_before)  m_kept_real = Mul(m_wide, keep)  m_half = Add(m_kept_real, half)  m_floor = Floor(m_half)
-    m_renewed = Cast <to = 6> (m_floor)
-    """  # fmt: skip
-    return constants + """
-    whole_int = Cast <to = 7> (whole_renewal)
-    two_int = Constant <value_int = 2> ()
-    half = Div(whole_int, two_int)
-    far = Constant <value_int = 4611686018427387904> ()
-    far_shifted = Div(far, whole_int)
-    positive = Add(half, far)
-    keep_flat = Cast <to = 7> (renewal)
-    keep = Unsqueeze(keep_flat, keep_axes)
-    """, """
-    m_wide = Cast <to = 7> (m_before)  m_kept_wide = Mul(m_wide, keep)  m_raised = Add(m_kept_wide, positive)
-    m_lower = Div(m_raised, whole_int)  m_floor = Sub(m_lower, far_shifted)  m_renewed = Cast <to = 6> (m_floor)
-    """  # fmt: skip
