@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.errors import ArtifactError
+from ntc.errors import ArtifactError, BackendError
 from ntc.meta import NEURON, TYPE, block_of, module_of
 from ntc.ops import spec_of, timed
 from ntc.program import Program, op_name
@@ -57,9 +57,11 @@ class NirBackend:
             Counts of files, nodes by fidelity and spikes that differ.
 
         Raises:
-            BackendError: If the program is not spiking, or a file that should be exact is not.
+            BackendError: If the program is not spiking or has a state, or a file that should be exact is not.
             ArtifactError: If the folder cannot be written.
         """
+        if program.state:
+            raise BackendError("NIR has no state that goes on from token to token: export the parallel program, without to-streaming")
         work, target = Path(folder) / f".{schema.FOLDER}.partial", Path(folder) / schema.FOLDER
         try:
             work.mkdir()

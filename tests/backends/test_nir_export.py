@@ -269,6 +269,26 @@ def test_a_wrong_parameter_is_found_at_export(tmp_path: Path, monkeypatch: pytes
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nir"]  # the one before, whole
 
 
+def test_a_streaming_program_is_refused(tmp_path: Path) -> None:
+    from integer_programs import block, streaming
+
+    from ntc.artifact import save, seal
+    from tests.cli.conftest import run_ntc
+
+    made, says = streaming(block()), "export the parallel program, without to-streaming"
+    program = made.with_graph(made.copy().graph, {name: tensor.clone() for name, tensor in made.tensors.items()})  # files hold no tensor twice
+    program.refresh()
+    with pytest.raises(BackendError, match=says):
+        NirBackend().emit(program, tmp_path)
+    save(program, tmp_path)
+    seal(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    ran = run_ntc("export", tmp_path, "--emit", "nir")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.splitlines()[-1] == f"error: NIR has no state that goes on from token to token: {says}"
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_programs_without_neurons_are_refused(tmp_path: Path) -> None:
     import ntc
 
