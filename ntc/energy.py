@@ -24,7 +24,7 @@ from ntc.errors import ConfigError
 from ntc.meta import block_of
 from ntc.observe import Activity, NodeCounts, count_by_shape, observe
 from ntc.ops import Counts, aten, spec_of
-from ntc.program import Program, check_ids
+from ntc.program import Program, check_ids, op_name
 from ntc.text import Tokens
 
 __all__ = ["Constants", "EnergyReport", "Side", "attention_projections", "load_constants", "measure_energy"]
@@ -133,12 +133,17 @@ class EnergyReport:
             "reduction": _reduction(cost(asa), cost(ssa)),
             "asa_macs": asa.macs,
             "ssa_acs": ssa_products.acs,
-            "steps_times_rate": ssa_products.acs / asa.macs if asa.macs and ssa_products.acs else None,
+            "steps_times_rate": ssa_products.acs / asa.macs if asa.macs and ssa_products.acs and not self._streams else None,
             "ssa_streaming_pj": None if streaming is None else cost(streaming),
             "with_projections": {
                 "asa_pj": cost(wide_asa), "ssa_pj": cost(wide_ssa), "reduction": _reduction(cost(wide_asa), cost(wide_ssa)),
             },
         }  # fmt: skip
+
+    @property
+    def _streams(self) -> bool:
+        """Whether the spiking program adds to a memory and reads it, which are other additions than those of the analog products."""
+        return any(n.op in _STREAM_NAMES for n in self.snn.nodes)
 
     def _both(self, attribute: str, value: str) -> dict[str, float]:
         """Energy [pJ per token] of the nodes with that block or kind, on both sides."""
@@ -255,7 +260,13 @@ def measure_energy(
     )
 
 
-_PRODUCTS = (torch.ops.ntc.attention.default, torch.ops.ntc.spiking_attention.default, torch.ops.ntc.integer_attention.default)
+_WHOLE = (torch.ops.ntc.attention.default, torch.ops.ntc.spiking_attention.default, torch.ops.ntc.integer_attention.default)
+_STREAMS = (
+    torch.ops.ntc.attention_stream.default, torch.ops.ntc.spiking_attention_stream.default,
+    torch.ops.ntc.integer_attention_stream.default,
+)  # fmt: skip
+_PRODUCTS = (*_WHOLE, *_STREAMS)
+_STREAM_NAMES = frozenset(op_name(target) for target in _STREAMS)
 _LINEAR = (aten.linear.default, torch.ops.ntc.integer_linear.default)
 
 
