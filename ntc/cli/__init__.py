@@ -1,7 +1,7 @@
 """The command line: ``ntc compile``, ``ntc check`` and the rest; one file per command.
 
 Results go to standard output, everything else (progress, warnings, errors) to standard error. Exit codes: 0 success, 1 a
-negative answer (``ntc check``), 2 bad input, 3 a mistake of ours, 130 interrupted.
+negative answer (``ntc check``), 2 bad input, 3 a mistake of ours, 130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations

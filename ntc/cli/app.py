@@ -67,17 +67,21 @@ for _module in (
 
 
 class _Signals:
-    """Ctrl-C raises KeyboardInterrupt as usual, and is remembered: some libraries turn it into an error of their own."""
+    """Ctrl-C and SIGTERM raise as usual, and are remembered: some libraries turn what is raised into an error of their own.
 
-    interrupted = False
+    Attributes:
+        code: Exit code of a process that was stopped so; 0 if it was not.
+    """
+
+    code = 0
 
     def on_interrupt(self, number: int, frame: Any) -> None:
-        self.interrupted = True
+        self.code = 128 + number
         raise KeyboardInterrupt
 
-    @staticmethod
-    def on_terminate(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)  # so that temporary folders vanish
+    def on_terminate(self, number: int, frame: Any) -> None:
+        self.code = 128 + number
+        raise SystemExit(self.code)  # so that temporary folders vanish
 
 
 @contextmanager
@@ -100,17 +104,21 @@ def run(arguments: Sequence[str]) -> int:
         try:
             result = app(args=list(arguments), prog_name="ntc", standalone_mode=False)
             sys.stdout.flush()
-            if signals.interrupted:  # typer makes an exit code of it, without a word
-                return _fail(arguments, "interrupted", 130)
+            if signals.code:  # typer makes an exit code of it, without a word
+                return _fail(arguments, "interrupted", signals.code)
             return result if isinstance(result, int) else 0
         except BrokenPipeError:  # the reader has seen enough, as in `ntc passes | head`
             _close_output()
             return 0
         except (KeyboardInterrupt, typer.Abort):
-            return _fail(arguments, "interrupted", 130)
+            return _fail(arguments, "interrupted", signals.code or 130)
+        except SystemExit:
+            if not signals.code:
+                raise
+            return _fail(arguments, "interrupted", signals.code)
         except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one sentence
-            if signals.interrupted:
-                return _fail(arguments, "interrupted", 130)
+            if signals.code:  # torch reads a file through a callback, and would call this file damaged
+                return _fail(arguments, "interrupted", signals.code)
             return _fail(arguments, *_explain(error))
 
 
@@ -138,7 +146,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _fail(arguments: Sequence[str], message: str, code: int) -> int:
-    if any(a in ("--verbose", "-v", "-vv") for a in arguments) and code != 130:
+    if any(a in ("--verbose", "-v", "-vv") for a in arguments) and code < 128:
         traceback.print_exc()
     message = " ".join(message.split())
     if "--json" in arguments:
@@ -146,5 +154,5 @@ def _fail(arguments: Sequence[str], message: str, code: int) -> int:
             print(json.dumps({"error": message}), flush=True)
         except OSError:  # it is standard output that fails
             _close_output()
-    sys.stderr.write(f"{'' if code == 130 else 'error: '}{message}\n")
+    sys.stderr.write(f"{'' if code > 128 else 'error: '}{message}\n")
     return code
