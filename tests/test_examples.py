@@ -17,9 +17,13 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+import ntc
+from ntc import artifact
+from ntc.compiler import write
 from ntc.testing import tiny_gpt2
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +117,21 @@ def test_quickstart(scripts, capsys):
     assert re.search(r"perplexity +[\d.]+ -> [\d.]+", printed)
     assert printed.count("energy") == 2
     assert "spikes" in printed
+
+
+def test_progressive(scripts, tmp_path, capsys, monkeypatch):
+    compiled = ntc.compile(scripts / "gpt2-books", recipe="ssa-only")
+    write(compiled, tmp_path / "ssa")
+    half = {n.name for n in ntc.load(tmp_path / "ssa").graph.nodes if "spikes" in n.name}
+    monkeypatch.setattr(sys, "argv", ["progressive.py", str(tmp_path / "ssa"), str(tmp_path / "full"), "--data",
+                                      str(scripts / "data" / "books-sample.txt"), "--tokens", "1024"])  # fmt: skip
+    runpy.run_path(str(scripts / "progressive.py"), run_name="__main__")
+    full = ntc.load(tmp_path / "full")
+    assert {n.name for n in full.graph.nodes if "spikes" in n.name} - half == {"h_0_mlp_act_spikes"}
+    kept = "transformer.h.0.attn.q.threshold"
+    assert torch.equal(full.tensor(kept), ntc.load(tmp_path / "ssa").tensor(kept))
+    assert artifact.load_analog(tmp_path / "full") is not None
+    assert "->" in capsys.readouterr().out
 
 
 def test_custom_backend(scripts, capsys):

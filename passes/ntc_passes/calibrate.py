@@ -96,7 +96,7 @@ def _sites(program: Program) -> list[Node]:
 
 def _rows_in(most: int, sites: list[Node]) -> int:
     """Tokens whose samples at all sites together take so many bytes; at least one."""
-    each = sum(v.shape[-1] * v.element_size() for v in (site.meta["val"] for site in sites))
+    each: int = sum(v.shape[-1] * v.element_size() for v in (site.meta["val"] for site in sites))
     return max(1, most // max(each, 1))
 
 

@@ -114,11 +114,12 @@ class ConvertFfn(Pass):
             context.progress(self.name, sites, total)
             place = block_of(node) or node.name
             residuals[place], better = _rewrite(program, node, options)
-            refits |= {place: b for b in better}
+            if better:
+                refits[place] = [{"before": r.before, "after": r.after} for r in better]
             sites += 1
         notes: dict[str, Any] = {"relative_squared_error": residuals} if sites else {}
         if refits:
-            notes["refit_squared_error"] = {place: {"before": r.before, "after": r.after} for place, r in refits.items()}
+            notes["refit_squared_error"] = refits
         return PassResult(sites > 0, sites, tuple(missed), notes=notes)
 
 

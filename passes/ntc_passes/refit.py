@@ -31,7 +31,7 @@ class Refit:
     Attributes:
         weight: ``[O, C]``.
         bias: ``[O]``.
-        before: Squared error on tokens that the layer was not fitted to, as a share of the variance of its old results: with the old weights.
+        before: Squared error with the old weights, on tokens that it was not fitted to, as a share of the variance of its old results.
         after: The same with new weights.
     """
 
@@ -76,7 +76,7 @@ def refit(values: Tensor, weight: Tensor, target: Tensor) -> Refit | None:
 
 
 def _changes(f: Tensor, w: Tensor, y: Tensor, lambdas: list[float] | tuple[float, ...]) -> list[Tensor]:
-    """dW for each lambda, ``[O, C]``; values and results have mean 0. Solved over channels or over tokens, whichever are fewer."""
+    """Change of W for each lambda, ``[O, C]``; values and results have mean 0. Solved over channels or over tokens, whichever are fewer."""
     scale = f.square().sum(0).sqrt()
     silent = scale == 0  # such a channel has nothing to be fitted to
     inverse = torch.where(silent, 0.0, 1.0 / scale.clamp(min=1e-300))
