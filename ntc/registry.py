@@ -200,7 +200,7 @@ def names_of(kind: str) -> list[str]:
 
 
 def listed(kind: str) -> list[Listed]:
-    """All plug-ins of a kind (``pass``, ``recipe``, ``backend``, ``command``), those with import errors included."""
+    """All plug-ins of a kind (``pass``, ``recipe``, ``backend``, ``executor``, ``command``), those with import errors included."""
     rows = []
     for name, point in sorted(_points(kind).items()):
         try:

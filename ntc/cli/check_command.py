@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from ntc.cli.options import QuantizeBits, Recipe, SetOptions, SettingsFile, Steps, settings_from
+from ntc.cli.options import Model, QuantizeBits, Recipe, SetOptions, SettingsFile, Steps, settings_from
 from ntc.cli.output import JsonFlag, VerboseFlag, count, percent, session, table
 from ntc.cli.tables import heading, show_widths
 
@@ -31,7 +31,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.", show_default=False)],
+    model: Model,
     recipe: Recipe = "neurtransformer",
     steps: Steps = None,
     settings: SettingsFile = None,

@@ -18,6 +18,9 @@ from ntc.cli.finetune_command import config_from, show_finetuning, work_folder
 from ntc.cli.options import (
     EmitOptions,
     EmittingCommand,
+    Model,
+    OutFolder,
+    Overwrite,
     QuantizeBits,
     Recipe,
     SetOptions,
@@ -26,7 +29,7 @@ from ntc.cli.options import (
     backend_options,
     settings_from,
 )
-from ntc.cli.output import JsonFlag, Output, Report, VerboseFlag, count, data_size, duration, names, session, table
+from ntc.cli.output import JsonFlag, Output, Report, VerboseFlag, count, data_size, duration, files_in, names, session, table
 from ntc.cli.tables import by_role, heading, show_attention, show_neurons, show_quality, show_targets
 from ntc.cli.training_progress import training_progress
 
@@ -61,8 +64,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def compile_(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be empty, or see --overwrite.", show_default=False)],
+    model: Model,
+    out: OutFolder,
     recipe: Recipe = "neurtransformer",
     steps: Steps = None,
     percentile: Annotated[
@@ -72,9 +75,9 @@ def compile_(
     set_: SetOptions = None,
     quantize: QuantizeBits = None,
     calibration: Annotated[Path | None, typer.Option(help="Text for thresholds (default: calibration.txt of the model).")] = None,
-    emit: Annotated[list[str] | None, typer.Option(help="Also write: onnx, netlist, nir, energy; separated by commas.")] = None,
+    emit: Annotated[list[str] | None, typer.Option(help="Also write: names that ntc backends lists, with commas.")] = None,
     emit_set: EmitOptions = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the compiled program that is in the folder.")] = False,
+    overwrite: Overwrite = False,
     evaluate: Annotated[
         Path | None, typer.Option(help="Held-out text for the quality in the closing table (default: the calibration text).")
     ] = None,
@@ -248,7 +251,7 @@ def _result(
         "roles": by_role(populations),
         "quality": quality and {**quality, "on_calibration_text": evaluate is None},
         "energy": energy and _energy_summary(energy, tokens.description),
-        "files": [{"name": str(p.relative_to(out)), "bytes": p.stat().st_size} for p in sorted(out.rglob("*")) if p.is_file()],
+        "files": files_in(out),
         "targets": targets,
         "seconds": seconds,
         "warnings": list(done.warnings),

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from ntc.cli.options import CompiledFolder
 from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, percent, session, table
 from ntc.cli.tables import heading, show_attention, unit_for
+from ntc.cli.texts import tokens_for
 from ntc.errors import ArtifactError
 
-if TYPE_CHECKING:
-    from ntc.program import Program
-    from ntc.text import Tokens
-
-__all__ = ["add_to", "tokens_for"]
+__all__ = ["add_to"]
 
 _MAX_TOKENS = 2048
 
@@ -33,7 +31,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def energy(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ntc compile wrote.", show_default=False)],
+    folder: CompiledFolder,
     data: Annotated[Path | None, typer.Option(help="Text to measure firing rates on (default: the model's calibration.txt).")] = None,
     max_tokens: Annotated[int, typer.Option(help="Read only so many tokens.")] = _MAX_TOKENS,
     constants: Annotated[Path | None, typer.Option(help="TOML file with energies per operation (default: 45 nm, fp32).")] = None,
@@ -56,26 +54,10 @@ def _energy(output: Output, folder: Path, data: Path | None, max_tokens: int, co
         program, analog = artifact.load(folder), artifact.load_analog(folder)
         if analog is None:
             raise ArtifactError(f"{folder} has no analog.json, which energy is compared with; compile again")
-        tokens = tokens_for(output, folder, program, data, max_tokens)
+        tokens = tokens_for(output, folder, program, data, max_tokens, "firing rates are those of random tokens")
         report("energy", 0, len(tokens.windows))
         measured = measure_energy(program, analog, tokens, numbers, progress=lambda done, total: report("energy", done, total))
     return {"folder": str(folder), **measured.to_json()}
-
-
-def tokens_for(output: Output, folder: Path, program: Program, data: Path | None, max_tokens: int) -> Tokens:
-    """Tokens to measure on: of the text given, else of the model's ``calibration.txt`` if it is there, else random ones."""
-    from ntc.compiler import default_calibration
-    from ntc.frontend import load_tokenizer
-    from ntc.text import random_tokens, tokens_from
-
-    info = program.info
-    window = min(256, info.context or 256)
-    tokenizer = load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
-    path = data if data is not None else default_calibration(info.source) if tokenizer is not None else None
-    if path is not None:
-        return tokens_from(path, tokenizer, window, max_tokens, info.vocab_size)
-    output.warn("there is no text to measure on, so firing rates are those of random tokens: give --data FILE")
-    return random_tokens(info.vocab_size, window, max(window, max_tokens))
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:

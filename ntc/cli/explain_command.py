@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ntc.cli.options import CompiledFolder
 from ntc.cli.output import JsonFlag, VerboseFlag, session, table
 from ntc.errors import ArtifactError, ConfigError
 
@@ -34,7 +35,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def explain(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ntc compile wrote.", show_default=False)],
+    folder: CompiledFolder,
     name: Annotated[
         str, typer.Argument(metavar="NODE", help="A node of the program or of model.onnx, a tensor, or an element of netlist.json.",
                             show_default=False)

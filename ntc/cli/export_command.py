@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ntc.cli.energy_command import tokens_for
-from ntc.cli.options import EmitOptions, EmittingCommand, backend_options
+from ntc.cli.options import CompiledFolder, EmitOptions, EmittingCommand, backend_options
 from ntc.cli.output import JsonFlag, VerboseFlag, data_size, duration, names, session, table
 from ntc.cli.tables import show_targets
+from ntc.cli.texts import tokens_for
 
 __all__ = ["add_to"]
 
@@ -33,8 +33,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ntc compile wrote.", show_default=False)],
-    emit: Annotated[list[str], typer.Option(help="What to write: onnx, netlist, nir, energy; separated by commas.", show_default=False)],
+    folder: CompiledFolder,
+    emit: Annotated[list[str], typer.Option(help="What to write: names that ntc backends lists, with commas.", show_default=False)],
     emit_set: EmitOptions = None,
     data: Annotated[Path | None, typer.Option(help="Text to check and measure on (default: the model's calibration.txt).")] = None,
     as_json: JsonFlag = False,
@@ -52,7 +52,7 @@ def export(
         files = [f for name in wanted for f in backend(name, options.get(name)).files]  # an unknown name costs no time
         with output.progress() as report:
             report("load", 0, 1)
-            tokens = tokens_for(output, folder, artifact.load(folder), data, _TOKENS)
+            tokens = tokens_for(output, folder, artifact.load(folder), data, _TOKENS, "files are checked and measured on random tokens")
             targets = export_to(folder, wanted, emit_options=options, tokens=tokens.windows[:2], progress=report)
         written = [{"name": f, "bytes": (folder / f).stat().st_size} for f in files if (folder / f).is_file()]
         result: dict[str, Any] = {

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ntc.cli.options import named_values
-from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, duration, session, table
+from ntc.cli.options import CompiledFolder, OutFolder, Overwrite, named_values
+from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, duration, files_in, session, table
 from ntc.cli.tables import heading
 from ntc.cli.training_progress import training_progress
 from ntc.errors import ConfigError, TrainingError
@@ -37,11 +37,11 @@ def add_to(app: typer.Typer) -> None:
 
 
 def finetune(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ntc compile wrote.", show_default=False)],
+    folder: CompiledFolder,
     data: Annotated[
         list[str], typer.Option(help="Training text: file, folder, glob or hub data set; may be given more than once.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be empty, or see --overwrite.", show_default=False)],
+    out: OutFolder,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens to train on end to end (default: one million).")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Minutes to train for, instead.")] = None,
     group: Annotated[str, typer.Option(help="ssa, thresholds, ffn or all.", rich_help_panel=_WHAT)] = "all",
@@ -113,7 +113,7 @@ def finetune(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other option: weight_decay, betas, clip, warmup, ...")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the compiled program that is in the folder.")] = False,
+    overwrite: Overwrite = False,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
@@ -196,8 +196,7 @@ def _write_best(error: TrainingError, folder: Path, out: Path, write: Any) -> No
 
 
 def _result(found: Finetuned, folder: Path, out: Path) -> dict[str, Any]:
-    files = [{"name": str(p.relative_to(out)), "bytes": p.stat().st_size} for p in sorted(out.rglob("*")) if p.is_file()]
-    return {"folder": str(out), "from": str(folder), **found.to_json(), "files": files}
+    return {"folder": str(out), "from": str(folder), **found.to_json(), "files": files_in(out)}
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""``ntc passes`` and ``ntc recipes``: what is installed."""
+"""``ntc passes``, ``ntc backends`` and ``ntc recipes``: what is installed."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ __all__ = ["add_to"]
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.command("passes", epilog="Examples:\n\nntc passes\n\nntc passes --json")(passes)
+    app.command("backends", epilog="Examples:\n\nntc backends\n\nntc backends --json")(backends)
     group = typer.Typer(
         invoke_without_command=True, help="List the recipes, or show one.",
         epilog="Examples:\n\nntc recipes\n\nntc recipes show neurtransformer\n\nntc recipes show ffn-only --json",
@@ -47,9 +49,12 @@ def _pass(row: Any) -> dict[str, Any]:
 
 
 def _options(cls: Any) -> list[dict[str, Any]]:
-    meanings = _meanings(cls.Options.__doc__ or "")
-    found = []
-    for f in dataclasses.fields(cls.Options):
+    """Options of a pass or back end; none if it has no such dataclass."""
+    options, found = getattr(cls, "Options", None), []
+    if not dataclasses.is_dataclass(options):
+        return []
+    meanings = _meanings(options.__doc__ or "")
+    for f in dataclasses.fields(options):
         default = None if f.default is dataclasses.MISSING else f.default
         found.append({"name": f.name, "default": default, "meaning": meanings.get(f.name, "")})
     return found
@@ -59,9 +64,9 @@ def _meanings(docstring: str) -> dict[str, str]:
     """What the ``Attributes:`` section of a docstring says of each name."""
     found: dict[str, str] = {}
     name = ""
-    for line in docstring.partition("Attributes:")[2].splitlines():
+    for line in inspect.cleandoc(docstring).partition("Attributes:")[2].splitlines():
         first, colon, rest = line.strip().partition(": ")
-        if colon and first.isidentifier() and len(line) - len(line.lstrip()) <= 8:
+        if colon and first.isidentifier() and len(line) - len(line.lstrip()) <= 4:
             name = first
             found[name] = rest
         elif name and line.strip():
@@ -81,6 +86,48 @@ def _show_passes(console: Console, rows: list[dict[str, Any]]) -> None:
             if line:
                 shown.add_row("", "", Text(line, "dim"))
     console.print(shown)
+
+
+def backends(as_json: JsonFlag = False, verbose: VerboseFlag = 0) -> None:
+    """List the back ends: what they write, their options, and which package brings them. --emit NAME runs one."""
+    from ntc.registry import listed, names_of
+
+    with session(as_json, verbose) as output:
+        checked = names_of("executor")
+        rows = [_backend(row, row.name in checked) for row in listed("backend")]
+        output.result({"backends": rows}, lambda console: _show_backends(console, rows))
+
+
+def _backend(row: Any, checked: bool) -> dict[str, Any]:
+    from ntc.errors import ConfigError
+    from ntc.registry import backend
+
+    cls, error = row.loaded, row.error
+    if cls is not None:
+        try:
+            backend(row.name)
+        except ConfigError as reason:  # what it needs is not installed, or it is no back end
+            error = str(reason)
+    return {
+        "name": row.name, "package": row.distribution, "entry_point": row.value, "error": error or None,
+        "summary": getattr(cls, "summary", ""), "files": list(getattr(cls, "files", ())), "passes": list(getattr(cls, "passes", ())),
+        "verified": checked, "options": _options(cls),
+    }  # fmt: skip
+
+
+def _show_backends(console: Console, rows: list[dict[str, Any]]) -> None:
+    shown = table("back end", "what it writes")
+    for r in rows:
+        shown.add_row(r["name"], r["summary"])
+        if r["error"]:
+            shown.add_row("", Text(f"cannot be used: {r['error']}", "red"))
+        facts = [", ".join(r["files"]), f"of the program after {', '.join(r['passes'])}" if r["passes"] else ""]
+        facts += ["ntc verify runs it" if r["verified"] else ""]
+        shown.add_row("", Text("; ".join(filter(None, facts)), "dim"))
+        for o in r["options"]:
+            shown.add_row("", Text(f"--{r['name']}-{o['name'].replace('_', '-')} (default {o['default']}): {o['meaning']}", "dim"))
+    console.print(shown)
+    console.print(Text("\nntc compile --emit NAME,NAME writes them, ntc export those of a compiled folder.", "dim"))
 
 
 def recipes(context: typer.Context, as_json: JsonFlag = False, verbose: VerboseFlag = 0) -> None:

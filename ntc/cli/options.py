@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from ntc.recipe import Settings
 
 __all__ = [
-    "EmitOptions", "EmittingCommand", "QuantizeBits", "Recipe", "SetOptions", "SettingsFile", "Steps", "backend_options", "named_values",
-    "settings_from",
+    "CompiledFolder", "EmitOptions", "EmittingCommand", "Model", "OutFolder", "Overwrite", "QuantizeBits", "Recipe", "SetOptions",
+    "SettingsFile", "Steps", "backend_options", "named_values", "settings_from",
 ]  # fmt: skip
 
+Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.", show_default=False)]
+CompiledFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A compiled folder, as ntc compile writes it.", show_default=False)]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be empty, or see --overwrite.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the compiled program that is in the folder.")]
 Recipe = Annotated[str, typer.Option(help="Conversion method; ntc recipes lists them.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="T, time steps of all neurons (default: as the recipe says).")]
 SettingsFile = Annotated[Path | None, typer.Option("--settings", help="TOML file: \\[recipe] and \\[\\[override]] tables.")]

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 import typer
@@ -20,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 __all__ = [
-    "JsonFlag", "Output", "VerboseFlag", "count", "data_size", "duration", "energy", "names", "percent", "session", "table",
+    "JsonFlag", "Output", "VerboseFlag", "count", "data_size", "duration", "energy", "files_in", "names", "percent", "session", "table",
 ]  # fmt: skip
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object (keys: docs/json.md) and nothing else.")]
@@ -132,6 +133,11 @@ def table(*columns: str) -> Table:
         side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
         result.add_column(Text(column.removeprefix(">")), justify=side, no_wrap=side == "right" or number == 0, overflow="fold")
     return result
+
+
+def files_in(folder: Path) -> list[dict[str, Any]]:
+    """Every file below a folder with its size."""
+    return [{"name": str(p.relative_to(folder)), "bytes": p.stat().st_size} for p in sorted(folder.rglob("*")) if p.is_file()]
 
 
 def count(value: float) -> str:

@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ntc.cli.energy_command import tokens_for
-from ntc.cli.options import named_values
-from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, duration, session, table
+from ntc.cli.options import CompiledFolder, OutFolder, Overwrite, named_values
+from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, duration, files_in, session, table
 from ntc.cli.tables import heading, show_widths
+from ntc.cli.texts import tokens_for
 
 __all__ = ["add_to"]
 
@@ -36,8 +36,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def quantize(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ntc compile or ntc finetune wrote.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be empty, or see --overwrite.", show_default=False)],
+    folder: CompiledFolder,
+    out: OutFolder,
     weight_bits: Annotated[int, typer.Option(help="Bits of a weight: 4, 8 or 16.")] = 8,
     activation_bits: Annotated[int, typer.Option(help="Bits of what comes out of a norm, a lookup or a decode: 4 to 16.")] = 8,
     data: Annotated[Path | None, typer.Option(help="Text that scales are chosen on (default: the model's calibration.txt).")] = None,
@@ -45,14 +45,14 @@ def quantize(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other option of the pass quantize; ntc passes lists them.")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure the perplexity before and after.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the compiled program that is in the folder.")] = False,
+    overwrite: Overwrite = False,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
     """Make integers of weights, thresholds, membranes and everything between: all executors then agree to the last bit.
 
     Every register is proven wide enough, whatever the text. Softmax attention, leaky neurons and normalisers that divide by what
-    the token gives are refused.
+    the token gives are refused. Tokenizer, and log and baseline of a fine-tuning, are copied; artefacts are not, ntc export writes them.
     """
     with session(as_json, verbose) as output:
         options = {"weight_bits": weight_bits, "activation_bits": activation_bits, **named_values("--set", set_)}
@@ -76,7 +76,7 @@ def _quantize(
         read_text(data)
     with output.progress() as report:
         report("load", 0, 1)
-        tokens = tokens_for(output, folder, artifact.load(folder), data, _CALIBRATION_TOKENS)
+        tokens = tokens_for(output, folder, artifact.load(folder), data, _CALIBRATION_TOKENS, "scales are those of random tokens")
         calibration = calibration_from(tokens)
         before, after = quantize_folder(folder, out, options, calibration=calibration, overwrite=overwrite, progress=report)
         report("measure", 0, 1)
@@ -93,7 +93,7 @@ def _quantize(
         "widths": [asdict(row) for row in rows],
         "bits": {what: max((r.bits for r in rows if r.what == what), default=None) for what in _REGISTERS},
         "perplexity": figures[1], "perplexity_before": figures[0], "perplexity_data": text.description if measure else None,
-        "files": [{"name": str(p.relative_to(out)), "bytes": p.stat().st_size} for p in sorted(out.rglob("*")) if p.is_file()],
+        "files": files_in(out),
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
 

@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ntc.cli.energy_command import tokens_for
+from ntc.cli.options import CompiledFolder
 from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, duration, names, percent, session, table
 from ntc.cli.tables import heading
+from ntc.cli.texts import tokens_for
 from ntc.errors import ArtifactError
 
 __all__ = ["add_to"]
@@ -33,7 +34,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ntc compile wrote.", show_default=False)],
+    folder: CompiledFolder,
     tokens: Annotated[int, typer.Option(min=2, help="Run on so many tokens.")] = _TOKENS,
     data: Annotated[Path | None, typer.Option(help="Text to run on (default: the model's calibration.txt).")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Which artefacts, separated by commas (default: all).")] = None,
@@ -59,7 +60,7 @@ def _verify(output: Output, folder: Path, data: Path | None, wanted: int, target
     with output.progress() as report:
         report("load", 0, 1)
         program = artifact.load(folder)
-        tokens = tokens_for(output, folder, program, data, wanted)
+        tokens = tokens_for(output, folder, program, data, wanted, "spikes are compared on random tokens")
         found = prove(folder, tokens, targets=targets, program=program, progress=report)
     if tokens.count < wanted - tokens.windows.shape[1]:
         output.warn(f"the text has {tokens.count:,} tokens and not {wanted:,}: give a longer one with --data FILE")

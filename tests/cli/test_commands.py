@@ -82,7 +82,23 @@ def test_version_help_and_module() -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("command", ["check", "compile", "finetune", "evaluate", "energy", "export", "explain", "passes", "recipes", "recipes show"])
+COMMANDS = (
+    "compile", "check", "finetune", "quantize", "evaluate", "generate", "energy", "export", "verify", "explain", "passes", "backends",
+    "recipes", "inspect", "simulate",
+)  # fmt: skip
+
+
+def test_the_commands_are_those() -> None:
+    """What ``ntc --help`` lists, those of plug-ins included; only so the next test sees them all."""
+    import typer
+
+    from ntc.cli.app import app
+
+    group = typer.main.get_command(app)
+    assert set(group.list_commands(typer.Context(group))) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "recipes show"])
 def test_every_help_has_an_example(command: str) -> None:
     text = shown(*command.split(), "--help")
     assert re.search(rf"Examples?:\s+ntc {command}", text), text
@@ -206,40 +222,6 @@ def test_compile_without_any_text_warns(model: Path, tmp_path: Path) -> None:
     assert "warning: " in ran.err
 
 
-def steps_by_block(folder: Path) -> dict[str, set[int]]:
-    import ntc
-    from ntc.meta import NEURON, block_of
-
-    found: dict[str, set[int]] = {}
-    for node in ntc.load(folder).graph.nodes:
-        if NEURON in node.meta and "integrate_fire" in str(node.target):
-            found.setdefault(block_of(node), set()).add(node.meta[NEURON].steps)
-    return found
-
-
-def test_settings_file_overrides_one_block(model: Path, tmp_path: Path) -> None:
-    settings = tmp_path / "settings.toml"
-    settings.write_text('[recipe]\nsteps = 5\n[[override]]\nmodule = "transformer.h.1.*"\nsteps = 2\n')
-    data = result("compile", model, "-o", tmp_path / "out", "--settings", settings, "--no-measure")
-    assert steps_by_block(tmp_path / "out") == {"transformer.h.0": {5}, "transformer.h.1": {2}}
-    assert data["steps"] == 5
-
-
-def test_command_line_wins_over_file(model: Path, tmp_path: Path) -> None:
-    settings = tmp_path / "settings.toml"
-    settings.write_text("[recipe]\nsteps = 5\npercentile = 99\n")
-    result("compile", model, "-o", tmp_path / "out", "--settings", settings, "--set", "percentile=95.5", "--steps", 3, "--no-measure")
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["settings"]["options"] == {"steps": 3, "percentile": 95.5}
-
-
-def test_set_takes_words_and_numbers(model: Path, tmp_path: Path) -> None:
-    result("compile", model, "-o", tmp_path / "out", "--set", "activation=relu", "--set", "output=spikes", "--no-measure")
-    records = {r["name"]: r["options"] for r in json.loads((tmp_path / "out" / "manifest.json").read_text())["history"]}
-    assert records["convert-ffn"]["activation"] == "relu"
-    assert records["replace-attention"]["output"] == "spikes"
-
-
 def test_overwrite_replaces_a_program_of_ours(model: Path, copied: Path) -> None:
     (copied / "left-over.txt").write_text("from the first run")
     result("compile", model, "-o", copied, "--overwrite", "--no-measure")
@@ -299,40 +281,30 @@ def test_export_can_be_repeated(model: Path, compiled: Path, tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-# ------------------------------------------------------------------------------------------------ lists, explain
+@pytest.mark.parametrize(
+    ("command", "stage", "says"),
+    [
+        (("energy",), "ntc.energy.measure_energy", "firing rates are those of random tokens"),
+        (("export", "--emit", "netlist"), "ntc.compiler.export", "files are checked and measured on random tokens"),
+        (("verify",), "ntc.proof.prove", "spikes are compared on random tokens"),
+        (("quantize", "-o", "nowhere/q"), "ntc.compiler.quantize_folder", "scales are those of random tokens"),
+    ],
+)  # fmt: skip
+def test_without_a_text_each_command_says_what_that_means(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], stage: str, says: str
+) -> None:
+    from ntc.errors import ConfigError
+
+    def stop(*args: Any, **options: Any) -> None:
+        raise ConfigError("far enough")
+
+    shutil.rmtree(copied / "tokenizer")
+    monkeypatch.setattr(stage, stop)
+    ran = run_ntc(command[0], copied, *command[1:])
+    assert (ran.code, " ".join(ran.err.split())) == (2, f"warning: there is no text to run on, so {says}: give --data FILE error: far enough")
 
 
-def test_passes() -> None:
-    data = result("passes")
-    check_keys("passes", data)
-    names = [p["name"] for p in data["passes"]]
-    assert {"canonicalize", "calibrate", "replace-attention", "convert-ffn", "fold-thresholds", "insert-neurons"} <= set(names)
-    steps = next(o for p in data["passes"] if p["name"] == "convert-ffn" for o in p["options"] if o["name"] == "steps")
-    assert steps["default"] == 4
-    assert "time steps" in steps["meaning"]
-    assert "convert-ffn" in shown("passes")
-
-
-def test_a_broken_pass_is_listed_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ntc import registry
-
-    broken = registry.Listed("broken", "nowhere:Nothing", "a-package", None, "No module named 'nowhere'")
-    monkeypatch.setattr(registry, "listed", lambda kind: [broken])
-    assert result("passes")["passes"][0]["error"] == "No module named 'nowhere'"
-    assert "cannot be imported" in shown("passes")
-
-
-def test_recipes() -> None:
-    data = result("recipes")
-    check_keys("recipes", data)
-    assert {"neurtransformer", "ffn-only"} <= {r["name"] for r in data["recipes"]}
-    assert "neurtransformer" in shown("recipes")
-    one = result("recipes", "show", "neurtransformer")
-    check_keys("recipes show", one)
-    assert "the attention that won the comparison in docs/results.md" in " ".join(shown("recipes", "show", "neurtransformer").split())
-    text = shown("recipes", "show", "ffn-only")
-    assert "percentile" in text
-    assert "convert-ffn" in text
+# ------------------------------------------------------------------------------------------------ explain, and what all have
 
 
 def test_explain(compiled: Path) -> None:
