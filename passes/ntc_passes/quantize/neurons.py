@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.errors import PassError
-from ntc.meta import module_of, where
+from ntc.meta import where
 from ntc_passes.quantize.fixed_point import nearest
 from ntc_passes.quantize.stream import HEADROOM
 from ntc_passes.quantize.walk import Constant, Value, Work, rows_of
@@ -44,12 +44,18 @@ def fire(work: Work, node: Node) -> Value:
         raise PassError(
             f"a threshold of {where(node)} is {float(whole.max()):.3g} in units of its current, more than 31 bits: calibrate on more text"
         )
-    prefix = str(theta.target).removesuffix(".threshold") if isinstance(theta, Node) else module_of(node)
-    thresholds = Constant(f"{prefix}.threshold", whole.to(torch.int32))
-    starts = Constant(f"{prefix}.start", begin.to(torch.int32))
+    assert isinstance(theta, Node)
+    thresholds = Constant(str(theta.target), whole.to(torch.int32))
+    starts = Constant(_start_beside(str(theta.target)), begin.to(torch.int32))
     result, data = work.emit(node, torch.ops.ntc.integer_fire.default, current, thresholds, starts, steps, bool(signed), bool(is_timed))
     work.notes[node.name] = {"threshold": [int(whole.min()), int(whole.max())]}
     return work.noted(Value(result, "train", torch.ones(1, dtype=torch.float64), data, bound=1, steps=steps))
+
+
+def _start_beside(threshold: str) -> str:
+    """``h.0.start`` for ``h.0.threshold``, ``theta_start`` for ``theta``: beside the tensor, for nothing can be below it."""
+    owner, point, last = threshold.rpartition(".")
+    return owner + point + (last.replace("threshold", "start") if "threshold" in last else f"{last}_start")
 
 
 def _as_current(work: Work, product: Value, node: Node, threshold: Tensor, steps: int) -> Value:
