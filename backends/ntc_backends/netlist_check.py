@@ -25,11 +25,8 @@ def check_graph(netlist: schema.Netlist) -> None:
             one that it reads, or one whose results do not reach the logits.
     """
     elements = {e.name: e for e in netlist.elements()}
-    count = sum(1 for _ in netlist.elements())
-    ends = {netlist.input.name, netlist.output.name}
-    if len(elements) != count or ends & elements.keys() or len(ends) != 2:
-        raise ArtifactError("two elements of the netlist have the same name")
-    if len(netlist.order) != count or set(netlist.order) != elements.keys():
+    _check_names(netlist)
+    if len(netlist.order) != len(elements) or set(netlist.order) != elements.keys():
         odd = sorted(set(netlist.order) ^ elements.keys())
         raise ArtifactError(f"the order of the netlist and its elements differ{': ' + one_line(', '.join(odd[:3])) if odd else ''}")
     done = {f"{netlist.input.name}:ids"}
@@ -53,6 +50,16 @@ def check_graph(netlist: schema.Netlist) -> None:
         raise ArtifactError(f"the result of {min(dead)} never reaches the logits")
 
 
+def _check_names(netlist: schema.Netlist) -> None:
+    """An element and an op of an island are each one op of the graph: a name stands for one of them, wherever it is read."""
+    seen: dict[str, str] = {}
+    named = [(netlist.input.name, "the input"), (netlist.output.name, "the output"), *((e.name, "an element") for e in netlist.elements())]
+    for name, what in (*named, *((op.name, f"an op of {island.name}") for island in netlist.host for op in island.ops)):
+        if name in seen:
+            raise ArtifactError(f"two parts of the netlist have the same name, {one_line(name)}: {seen[name]} and {one_line(what)}")
+        seen[name] = one_line(what)
+
+
 def _known(endpoint: str, done: set[str], elements: dict[str, schema.AnyElement], reader: str) -> None:
     if endpoint in done:
         return
@@ -64,8 +71,8 @@ def _known(endpoint: str, done: set[str], elements: dict[str, schema.AnyElement]
 
 def _check_island(island: schema.HostIsland) -> None:
     names = [op.name for op in island.ops]
-    if len(set(names)) != len(names) or set(names) & island.inputs.keys():
-        raise ArtifactError(f"two values of {island.name} have the same name")
+    if twice := sorted(set(names) & island.inputs.keys()):
+        raise ArtifactError(f"an op and an input of {island.name} have the same name, {one_line(twice[0])}")
     done, read = set(island.inputs), set[str]()
     for op in island.ops:
         here = {a.value for a in _references(op) if isinstance(a, schema.ValueRef)}

@@ -91,6 +91,20 @@ def rename(data: dict[str, Any]) -> None:
     data["projections"][0]["name"] = data["projections"][1]["name"]
 
 
+def op_of_two_islands(data: dict[str, Any]) -> None:
+    """Each island is right by itself: the op's readers are renamed with it."""
+    first, *others = data["host"]
+    at, old = next((i, op["name"]) for i, island in enumerate(others, 1) for op in island["ops"] if op["name"] not in island["outputs"])
+    new = next(op["name"] for op in first["ops"] if op["name"] not in data["host"][at]["inputs"])
+    data["host"][at] = json.loads(json.dumps(data["host"][at]).replace(f'"{old}"', f'"{new}"'))
+
+
+def op_like_an_element(data: dict[str, Any]) -> None:
+    first = data["host"][0]
+    old = next(op["name"] for op in first["ops"] if op["name"] not in first["outputs"])
+    data["host"][0] = json.loads(json.dumps(first).replace(f'"{old}"', f'"{data["populations"][0]["name"]}"'))
+
+
 def cycle(data: dict[str, Any]) -> None:
     element(data, "projections", synapse="analog")["inputs"]["pre"] = data["output"]["logits"]
 
@@ -132,7 +146,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "dangling value": (edit_json(lambda d: d["host"][0]["ops"][-1]["arguments"].update(input={"value": "nobody"})), "no earlier op"),
     "dangling tensor": (edit_json(lambda d: d["projections"][0].update(weight="nothing")), "which its table does not have"),
     "unused tensor": (edit_json(lambda d: d["projections"][0].update(bias=None)), "no element of the netlist uses"),
-    "same name": (edit_json(rename), "the same name"),
+    "same name": (edit_json(rename), "the same name, h_0_attn_c_attn_k: an element and an element"),
+    "op of two islands": (edit_json(op_of_two_islands), "an op of host_0 and an op of host_"),
+    "op like an element": (edit_json(op_like_an_element), "the same name, h_0_attn_attention_q_spikes: an element and an op of host_0"),
     "order": (edit_json(lambda d: d["order"].pop()), "the order of the netlist"),
     "cycle": (edit_json(cycle), "the graph has a cycle"),
     "dead end": (edit_json(dead_end), "never reaches the logits"),
