@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch.fx import Node
 from ntc.ops import aten
 from ntc.program import Program
 
-__all__ = ["LAYOUT_OPS", "PROBE_SIZES", "Gathered", "concrete", "equals", "evaluate", "gather_of", "probe_sizes", "shape_at"]
+__all__ = [
+    "LAYOUT_OPS", "PROBE_SIZES", "Gathered", "concrete", "equals", "evaluate", "gather_of", "keeps_values", "probe_sizes", "shape_at",
+]  # fmt: skip
 
 # Two pairs (B, L) of distinct sizes that are no factor of usual widths.
 PROBE_SIZES: tuple[tuple[int, int], ...] = ((3, 7), (2, 5))
@@ -33,11 +35,40 @@ LAYOUT_OPS = frozenset({
     aten.repeat.default, aten.repeat_interleave.self_int,
 })  # fmt: skip
 
+_CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
+
 _SELECT_OPS = frozenset({
     aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem,
 })  # fmt: skip
 
 _SCALE_OPS = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar})
+
+
+def keeps_values(root: Node, chain: Iterable[Node]) -> bool:
+    """Whether the casts among the nodes that lead from a root on leave every value that it can have as it is.
+
+    A cast to a type that cannot hold them all is arithmetic, though the probes, which are whole numbers, pass it unchanged: float to
+    int64 rounds towards zero, float32 to bfloat16 to 8 bits.
+    """
+    narrow = root.meta.get("val")
+    wide = [n.meta.get("val") for n in chain if n.target in _CASTS]
+    return isinstance(narrow, Tensor) and all(isinstance(value, Tensor) and _holds(value.dtype, narrow.dtype) for value in wide)
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether one type has every value of the other."""
+    if narrow in (wide, torch.bool):
+        return True
+    if narrow.is_complex or wide.is_complex or wide == torch.bool:
+        return False
+    if narrow.is_floating_point:
+        if not wide.is_floating_point:
+            return False
+        a, b = torch.finfo(wide), torch.finfo(narrow)
+        return bool(a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny)
+    if wide.is_floating_point:
+        return bool(torch.iinfo(narrow).max <= 2 / torch.finfo(wide).eps)
+    return torch.iinfo(wide).max >= torch.iinfo(narrow).max and torch.iinfo(wide).min <= torch.iinfo(narrow).min
 
 
 def probe_sizes(program: Program) -> tuple[tuple[int, int], ...]:
@@ -153,9 +184,9 @@ def gather_of(program: Program, node: Node, view: Callable[[Tensor], Tensor]) ->
     chain = [node]
     while (step := _source(chain[-1])) is not None:
         chain.append(step)
-    for root in reversed(chain):
+    for at, root in reversed(list(enumerate(chain))):
         value = root.meta.get("val")
-        if not isinstance(value, Tensor) or value.dim() != 3 or not isinstance(value.shape[-1], int):
+        if not isinstance(value, Tensor) or value.dim() != 3 or not isinstance(value.shape[-1], int) or not keeps_values(root, chain[:at]):
             continue
         found = _explain(program, root, node, view)
         if found is not None:

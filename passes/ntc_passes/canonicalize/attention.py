@@ -92,8 +92,8 @@ def _hand_written(program: Program, softmax: Node) -> tuple[Node, Node, Node, fl
     if dim not in (-1, scores_in.meta["val"].dim() - 1):
         return "its softmax is not over the last axis"
     after = softmax
-    while len(after.users) == 1 and next(iter(after.users)).target in (aten.to.dtype, aten._to_copy.default, aten.clone.default):
-        after = next(iter(after.users))
+    while len(after.users) == 1 and _is_copy(user := next(iter(after.users))):
+        after = user
     products = [u for u in after.users if u.target in _PRODUCTS and u.args[0] is after]
     if len(products) != 1 or len(after.users) != 1:
         return "its probabilities are used by something else than one product with the values"
@@ -107,6 +107,11 @@ def _hand_written(program: Program, softmax: Node) -> tuple[Node, Node, Node, fl
     key: Any = scores.args[1]
     value: Any = product.args[1]
     return query, key, value, scale, product, True
+
+
+def _is_copy(node: Node) -> bool:
+    """A copy, also to another floating-point type; probabilities cast to integers would be 0 or 1."""
+    return node.target in (aten.to.dtype, aten._to_copy.default, aten.clone.default) and bool(node.meta["val"].is_floating_point())
 
 
 def _product_behind(node: Node) -> Node | None:

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from ntc.meta import MADE_BY
 from ntc.ops import aten
-from ntc.probe import LAYOUT_OPS, equals, shape_at
+from ntc.probe import LAYOUT_OPS, equals, keeps_values, shape_at
 from ntc.program import Program
 from ntc_passes.canonicalize.making import NAME
 
@@ -66,8 +66,9 @@ def drop_identity_layouts(program: Program) -> int:
         chain = [node]
         while chain[-1].target in LAYOUT_OPS and isinstance(chain[-1].args[0], Node):
             chain.append(chain[-1].args[0])
-        for root in reversed(chain[1:]):
-            if _same_shape(program, root, node) and equals(program, root, node, lambda t, _: t):
+        for at in range(len(chain) - 1, 0, -1):
+            root = chain[at]
+            if _alike(program, root, node) and keeps_values(root, chain[:at]) and equals(program, root, node, lambda t, _: t):
                 node.replace_all_uses_with(root)
                 count += 1
                 break
@@ -75,7 +76,9 @@ def drop_identity_layouts(program: Program) -> int:
     return count
 
 
-def _same_shape(program: Program, a: Node, b: Node) -> bool:
-    if not (isinstance(a.meta.get("val"), Tensor) and isinstance(b.meta.get("val"), Tensor)):
+def _alike(program: Program, a: Node, b: Node) -> bool:
+    """Whether one can stand for the other: equal shapes and types."""
+    x, y = a.meta.get("val"), b.meta.get("val")
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         return False
-    return shape_at(program, a, (3, 7)) == shape_at(program, b, (3, 7))
+    return x.dtype == y.dtype and shape_at(program, a, (3, 7)) == shape_at(program, b, (3, 7))

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.ops import aten
-from ntc.probe import LAYOUT_OPS, equals, evaluate
+from ntc.probe import LAYOUT_OPS, equals, evaluate, keeps_values
 from ntc.program import Program
 from ntc_passes.canonicalize.making import constant, making
 
@@ -60,9 +60,11 @@ def _unflattened(program: Program, x: Node) -> Node:
     """The node of which ``x [M, C]`` is the flattened form, or x."""
     if x.meta["val"].dim() != 2:
         return x
-    source = x
+    source, passed = x, list[Node]()
     while source.target in LAYOUT_OPS and isinstance(source.args[0], Node):
+        passed.append(source)
         source = source.args[0]
-        if source.meta["val"].dim() > 2 and equals(program, source, x, lambda t, _: t.reshape(-1, t.shape[-1])):
+        wider = source.meta["val"].dim() > 2 and keeps_values(source, passed)
+        if wider and equals(program, source, x, lambda t, _: t.reshape(-1, t.shape[-1])):
             return source
     return x
