@@ -8,6 +8,8 @@ file                     what
 ``program.safetensors``  weights, thresholds, gains
 ``analog.json``          graph and tensor shapes of the network before conversion, for counting its operations
 ``tokenizer/``           the tokenizer, if the model has one
+``training.jsonl``       of a fine-tuned program: the log, with its curve in ``curve.png`` and ``curve.svg``
+``baseline/``            of a fine-tuned program: the original network after the same training, a folder of its own
 =======================  ==========================================================================================
 
 Nothing here is a pickle. The same program gives the same bytes.
@@ -19,6 +21,7 @@ import hashlib
 import json
 import operator
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -38,10 +41,16 @@ from ntc.program import ModelInfo, PassRecord, Program
 from ntc.state import StateSpec
 from ntc.verify import verify
 
-__all__ = ["FORMAT", "annotate", "load", "load_analog", "read_manifest", "save", "seal", "sha256_of"]
+__all__ = ["BASELINE", "FORMAT", "annotate", "load", "load_analog", "read_manifest", "save", "seal", "sha256_of", "take_over"]
 
 FORMAT = 2
 """Version of compiled folders. 2: potentials and time constants of neurons are tensors, which the ops of 1 took as numbers."""
+
+BASELINE = "baseline"
+"""Folder of the original network after the same training, in the one of a fine-tuned program."""
+
+# What is as true of a program that was made from the one in the folder. Artefacts of back ends are not: they are of that very program.
+_COMPANIONS = ("analog.json", "tokenizer", "training.jsonl", "curve.png", "curve.svg", BASELINE)
 
 _OPERATORS = {f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)}
 
@@ -104,6 +113,15 @@ def seal(folder: Path, **more: Any) -> dict[str, Any]:
     manifest["files"] = {str(p.relative_to(folder)): sha256_of(p) for p in files if p.name != MANIFEST}
     _write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def take_over(source: Path, folder: Path) -> None:
+    """Copy what lies beside a program to the folder of one that was made from it: all but what back ends wrote."""
+    for name in _COMPANIONS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def annotate(folder: Path, key: str, value: Any) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ntc.cli.options import CompiledFolder
 from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, session
 from ntc.cli.tables import by_role, show_layers, show_neurons, show_quality
 from ntc.errors import ArtifactError, ConfigError, DataError
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from ntc.program import Program
 
 __all__ = ["add_to"]
-
-# Where fine-tuning leaves the original network, fine-tuned on the same tokens.
-_BASELINE = "baseline"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that ntc compile wrote.", show_default=False)],
+    folder: CompiledFolder,
     data: Annotated[Path, typer.Option(help="Text to evaluate on, UTF-8, plain or .xz.", show_default=False)],
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original model (default: where it was when it was compiled).")
@@ -56,13 +54,12 @@ def evaluate(
     """Measure the quality of a compiled program against the original, on the same tokens in the same run.
 
     A program that was fine-tuned is also held against the original fine-tuned on the same tokens: what remains of the gap
-    is what the spikes cost.
+    is what the spikes cost. One that was trained on another text, in another order or in another group is refused.
     """
     with session(as_json, verbose) as output:
         if tuned is not None and no_tuned:
             raise ConfigError("--tuned DIR and --no-tuned exclude each other: give one of them")
-        if not no_tuned and tuned is None and (folder / _BASELINE).is_dir():
-            tuned = folder / _BASELINE
+        tuned = None if no_tuned else tuned or _baseline_of(folder)
         result = _evaluate(output, folder, data, against, tuned, window, max_tokens, seed)
         output.result(result, lambda console: _show(console, result, layers))
 
@@ -86,7 +83,7 @@ def _evaluate(
     with output.progress() as report:
         report("load", 0, 1)
         program = artifact.load(folder)
-        reference = _load_tuned(tuned) if tuned is not None else None
+        reference, training = (None, None) if tuned is None else _load_tuned(output, tuned, program)
         tokenizer = load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
         tokens = tokens_from(data, tokenizer, window or min(256, context or 256), max_tokens, program.info.vocab_size)
         report("capture", 0, 1)
@@ -96,13 +93,21 @@ def _evaluate(
             program, analog, tokens, tuned=reference, seed=seed, progress=lambda done, total: report("evaluate", done, total)
         )
     result = quality.to_json()
-    about = {"folder": str(folder), "against": source, "tuned": None if tuned is None else str(tuned)}
+    about = {"folder": str(folder), "against": source, "tuned": None if tuned is None else str(tuned), "tuned_training": training}
     return {**about, **result, "roles": by_role(result["populations"])}
 
 
-def _load_tuned(folder: Path) -> Program:
-    """The fine-tuned original of a compiled folder."""
+def _baseline_of(folder: Path) -> Path | None:
+    """Where fine-tuning leaves the original network, fine-tuned on the same tokens."""
+    from ntc.artifact import BASELINE
+
+    return folder / BASELINE if (folder / BASELINE).is_dir() else None
+
+
+def _load_tuned(output: Output, folder: Path, spiking: Program) -> tuple[Program, dict[str, Any]]:
+    """The fine-tuned original of a compiled folder, and whether it is the reference of this program."""
     from ntc import artifact
+    from ntc.reference import compare_training
 
     program = artifact.load(folder)
     if program.steps:
@@ -110,7 +115,17 @@ def _load_tuned(folder: Path) -> Program:
             f"{folder} holds a spiking program (T = {program.steps}): --tuned takes the original, fine-tuned without spikes, as "
             "fine-tuning with a baseline writes it"
         )
-    return program
+    found = compare_training(spiking, program)
+    if found.contradictions:
+        raise DataError(
+            f"the network in {folder} was fine-tuned with {' and '.join(found.contradictions)}, so the difference would not be what the "
+            "spikes cost: give the one that was trained with the program, --tuned DIR, or --no-tuned"
+        )
+    if found.same is None:
+        output.warn(f"whether the network in {folder} has seen the same tokens cannot be checked: {found.remarks[0]}")
+    elif not found.same:
+        output.warn(f"the network in {folder} was fine-tuned on {found.remarks[0]}, so the difference is not only what the spikes cost")
+    return program, found.to_json()
 
 
 def _show(console: Console, result: dict[str, Any], layers: bool) -> None:

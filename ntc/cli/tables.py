@@ -70,7 +70,9 @@ def show_quality(console: Console, quality: Mapping[str, Any], remark: str) -> N
     interval = f"{100 * confidence['level']:g} % interval" if confidence else ""
     _comparison(console, quality, "", ("", ">network", ">spiking", f">{interval}"))
     if quality["perplexity_tuned"] is not None:
-        heading(console, "Against the network fine-tuned on the same tokens", "what remains is what the spikes cost")
+        same = (quality.get("tuned_training") or {}).get("same", True)
+        fair = "Against the network fine-tuned on the same tokens", "what remains is what the spikes cost"
+        heading(console, *(fair if same else ("Against a fine-tuned network", "not known to have seen the same tokens")))
         _comparison(console, quality, "_tuned", ("", ">fine-tuned", ">spiking", f">{interval}"))
     if confidence:
         said = f"intervals: bootstrap over {count(confidence['windows'])} windows, {count(confidence['resamples'])} draws"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,17 @@ def write_tuned(model: Path, folder: Path) -> Path:
     return folder
 
 
+def finetuned(folder: Path, *, text: str = "a", tokens: int = 960, **options: Any) -> Path:
+    """What a fine-tuning leaves in the history of a folder."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    record = {**manifest["history"][-1], "name": "finetune", "options": {"group": "all", "window": 24, "rows": 8, "seed": 0, "lr": 1e-3, **options}}
+    record["notes"] = {"data": {"description": f"{text}.txt, packed", "sha256": text * 64}, "tokens": tokens}
+    manifest["history"].append(record)
+    path.write_text(json.dumps(manifest))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def tuned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tuned(model, tmp_path_factory.mktemp("tuned") / "baseline")
@@ -71,13 +83,36 @@ def test_a_tuned_original_is_a_second_reference(compiled: Path, text: Path, tune
     assert data["perplexity_tuned"] != data["perplexity_ann"]
     low, high = data["confidence"]["perplexity_change_tuned"]
     assert low < data["perplexity_change_tuned"] < high
-    out = shown("evaluate", compiled, "--data", text, "--tuned", tuned)
-    assert "Against the network fine-tuned on the same tokens" in out
-    assert f"{data['perplexity_tuned']:.2f}" in out
+    assert data["tuned_training"]["same"] is None
+    ran = run_ntc("evaluate", compiled, "--data", text, "--tuned", tuned)
+    assert "Against a fine-tuned network  not known to have seen the same tokens" in ran.out
+    assert f"{data['perplexity_tuned']:.2f}" in ran.out
+    assert f"whether the network in {tuned} has seen the same tokens cannot be checked" in " ".join(ran.err.split())
+
+
+def test_the_training_of_a_tuned_original_is_checked(
+    copied: Path, text: Path, tuned: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    reference = Path(shutil.copytree(tuned, tmp_path / "reference"))
+    arguments = ("evaluate", copied, "--data", text, "--max-tokens", 48, "--tuned", reference)
+    finetuned(reference, lr=5e-4)  # its own
+    ran = run_ntc(*arguments, "--json")
+    assert ran.json["tuned_training"] == {"same": False, "differences": ["960 tokens (the program: 0)"]}
+    assert "was fine-tuned on 960 tokens (the program: 0), so the difference is not only what the spikes cost" in " ".join(ran.err.split())
+    finetuned(copied)
+    ran = run_ntc(*arguments)
+    assert (ran.code, ran.err) == (0, "")
+    assert "Against the network fine-tuned on the same tokens" in ran.out
+    other = finetuned(Path(shutil.copytree(tuned, tmp_path / "other")), text="b", seed=1)
+    said = refused(*arguments[:-1], other)
+    assert f"{other} was fine-tuned with the text b.txt, hash bbbbbbbb (the program: the text a.txt, hash aaaaaaaa) and seed = 1" in said
+    assert "or --no-tuned" in said
+    shutil.copytree(other, copied / "baseline")
+    assert "was fine-tuned with the text b.txt" in refused(*arguments[:-2]), "found in the folder, too"
 
 
 def test_a_baseline_in_the_folder_is_found(copied: Path, text: Path, tuned: Path, data: dict[str, Any], brief: str) -> None:
-    assert (data["tuned"], data["perplexity_tuned"], data["cosine_tuned"]) == (None, None, None)
+    assert (data["tuned"], data["tuned_training"], data["perplexity_tuned"], data["cosine_tuned"]) == (None, None, None, None)
     assert "fine-tuned" not in brief
     shutil.copytree(tuned, copied / "baseline")
     found = result("evaluate", copied, "--data", text)

@@ -55,6 +55,7 @@ def test_json(compiled: Path, words: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # the work folder is gone
     quality = result("evaluate", tmp_path / "out", "--data", words, "--max-tokens", 480)  # finds the baseline by itself
     assert quality["perplexity_tuned"] is not None
+    assert quality["tuned_training"] == {"same": True, "differences": []}
 
 
 def test_table(compiled: Path, words: Path, quick: Any, tmp_path: Path) -> None:
