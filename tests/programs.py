@@ -15,6 +15,7 @@ from ntc_passes.canonicalize import Canonicalize
 from ntc_passes.convert_ffn import ConvertFfn
 from ntc_passes.fold_thresholds import FoldThresholds
 from ntc_passes.insert_neurons import InsertNeurons
+from ntc_passes.quantize import Quantize
 from ntc_passes.replace_attention import ReplaceAttention
 
 # Batches of 3, 3 and 2 windows: nothing may rely on batches of one size.
@@ -60,3 +61,39 @@ def spiking(steps: int = 4, **config: Any) -> Program:
 
 def _policy(steps: int) -> list[Pass]:
     return [ReplaceAttention.configure({"steps": steps}), ConvertFfn.configure({"steps": steps})]
+
+
+# -------------------------------------------------------------------------------------------------------- the integer grade
+
+_TERNARY = {"signed_query": True, "signed_key": True, "signed_value": True}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "position, spikes": {},
+    "leak, current": {"attention": {"normalizer": "leak", "output": "current"}},
+    "leak, ternary, spikes": {"attention": {"normalizer": "leak", **_TERNARY}},
+    "learned position, current, not folded": {"attention": {"normalizer": "learned-position", "output": "current"}, "fold": False},
+    "not folded": {"fold": False},
+    "ffn analog": {"attention": {"normalizer": "leak", "output": "current"}, "ffn": False},
+    "one step": {"attention": {"steps": 1}},
+}
+"""Kinds of programs that ``quantized`` makes, as arguments of ``floating``."""
+
+
+def floating(attention: dict[str, Any] | None = None, ffn: bool = True, fold: bool = True, given: Any = CONTEXT) -> Program:
+    """A spiking program of one block in floating point, as ``Quantize`` takes it."""
+    steps: list[Pass] = [ReplaceAttention.configure(attention or {})]
+    steps += [ConvertFfn()] if ffn else []
+    steps += [FoldThresholds()] if fold else []
+    return run_pipeline(calibrated(n_layer=1), [*steps, InsertNeurons()], given)
+
+
+@cache
+def unquantized(name: str) -> Program:
+    """What a kind of ``QUANTIZED`` is made of."""
+    return floating(**QUANTIZED[name])
+
+
+@cache
+def quantized(name: str, weight_bits: int = 8, activation_bits: int = 8) -> Program:
+    """A program of the integer grade, of a kind of ``QUANTIZED``."""
+    options = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    return run_pipeline(unquantized(name), [Quantize.configure(options)], CONTEXT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +9,19 @@ import numpy as np
 import pytest
 import torch
 from integer_reference import run
-from programs import CALIBRATION, CONTEXT, calibrated, context
+from programs import CALIBRATION, CONTEXT, QUANTIZED, context, floating, quantized, unquantized
 from torch import Tensor
 from torch.fx import Node
 
 from ntc import artifact
 from ntc.meta import NEURON, SCALE, TYPE
 from ntc.ops import aten
-from ntc.pipeline import Pass, run_pipeline
+from ntc.pipeline import run_pipeline
 from ntc.program import Program, interpret
 from ntc.spike_type import Analog
 from ntc.testing import check_pass, count_ops, example_ids
 from ntc.widths import widths
-from ntc_passes.convert_ffn import ConvertFfn
-from ntc_passes.fold_thresholds import FoldThresholds
-from ntc_passes.insert_neurons import InsertNeurons
 from ntc_passes.quantize import Quantize
-from ntc_passes.replace_attention import ReplaceAttention
-
-TERNARY = {"signed_query": True, "signed_key": True, "signed_value": True}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "position, spikes": {},
-    "leak, current": {"attention": {"normalizer": "leak", "output": "current"}},
-    "leak, ternary, spikes": {"attention": {"normalizer": "leak", **TERNARY}},
-    "learned position, current, not folded": {"attention": {"normalizer": "learned-position", "output": "current"}, "fold": False},
-    "not folded": {"fold": False},
-    "ffn analog": {"attention": {"normalizer": "leak", "output": "current"}, "ffn": False},
-    "one step": {"attention": {"steps": 1}},
-}
-
-
-def floating(attention: dict[str, Any] | None = None, ffn: bool = True, fold: bool = True, given: Any = CONTEXT) -> Program:
-    steps: list[Pass] = [ReplaceAttention.configure(attention or {})]
-    steps += [ConvertFfn()] if ffn else []
-    steps += [FoldThresholds()] if fold else []
-    return run_pipeline(calibrated(n_layer=1), [*steps, InsertNeurons()], given)
-
-
-@cache
-def variant(name: str) -> Program:
-    return floating(**VARIANTS[name])
-
-
-@cache
-def quantized(name: str, weight_bits: int = 8, activation_bits: int = 8) -> Program:
-    options = {"weight_bits": weight_bits, "activation_bits": activation_bits}
-    return run_pipeline(variant(name), [Quantize.configure(options)], CONTEXT)
 
 
 def values(program: Program, ids: Tensor) -> dict[str, Tensor]:
@@ -84,7 +50,7 @@ def notes(program: Program) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ what it computes
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_it_is_the_plain_arithmetic_of_the_document(name: str) -> None:
     program = quantized(name)
     for batch, length in ((2, 9), (1, 1), (3, 24)):
@@ -105,7 +71,7 @@ def test_widths_to_choose_from(weight_bits: int, activation_bits: int) -> None:
     assert clamped == {2 ** (activation_bits - 1) - 1}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_nothing_in_floating_point_is_left_but_the_logits(name: str) -> None:
     program = quantized(name)
     analog = [n for n in program.graph.nodes if n.op == "call_function" and isinstance(n.meta[TYPE], Analog)]
@@ -120,7 +86,7 @@ def test_nothing_in_floating_point_is_left_but_the_logits(name: str) -> None:
 
 
 def test_contract_and_names() -> None:
-    program = variant("leak, current")
+    program = unquantized("leak, current")
     after = check_pass(
         Quantize(), program, context=CONTEXT, not_after=["linear", "layer_norm", "ntc.integrate_fire", "ntc.spiking_attention"],
         ops_after={"ntc.integer_norm": 3, "ntc.integer_linear": 7, "ntc.integer_fire": 4, "ntc.integer_attention": 1, "ntc.decode": 2,
@@ -142,7 +108,7 @@ def test_contract_and_names() -> None:
 
 
 def test_eight_bits_are_near_before_spikes_differ() -> None:
-    program, ids = variant("leak, current"), CALIBRATION.batches[0]
+    program, ids = unquantized("leak, current"), CALIBRATION.batches[0]
     got, wanted = values(quantized("leak, current"), ids), values(program, ids)
     assert relative(got["transformer_add"], wanted["transformer_add"]) < 1e-9
     # A step of s, evenly: s^2 / 12 where nothing is clipped.
@@ -159,7 +125,7 @@ def test_sixteen_bits_are_nearer_by_four_orders() -> None:
     coarse, middle, fine = (notes(quantized("leak, current", bits))["h_0_mlp_c_fc"]["relative_squared_error"] for bits in (4, 8, 16))
     assert 50 < coarse / middle < 1000  # each bit is worth a factor of 4: 256
     assert 10**4 < middle / fine < 10**6  # 65,536
-    program, ids = variant("leak, current"), CALIBRATION.batches[0]
+    program, ids = unquantized("leak, current"), CALIBRATION.batches[0]
     got, wanted = values(quantized("leak, current", 16, 16), ids), values(program, ids)
     assert relative(got["h_0_ln_1"], wanted["h_0_ln_1"]) < 1e-8
     # With both at 16 bits the 32 bits of the membrane bind, and the weights give way.
@@ -169,9 +135,9 @@ def test_sixteen_bits_are_nearer_by_four_orders() -> None:
 def test_logits_stay_what_they_were() -> None:
     """A model of random weights amplifies every spike that comes a step later, so this is no tight bound; a wrong rewrite gives 1 and more."""
     ids = torch.cat(CALIBRATION.batches)
-    for name in VARIANTS:
+    for name in QUANTIZED:
         with torch.no_grad():
-            wanted = variant(name)(ids)
+            wanted = unquantized(name)(ids)
             error = relative(quantized(name, 16, 16)(ids), wanted)
         assert error < 0.05, name
 
@@ -192,7 +158,7 @@ def test_a_layer_of_gelu_uses_all_values_of_its_table() -> None:
 
 
 def test_biases_make_up_for_the_mean_error() -> None:
-    program, ids = variant("position, spikes"), torch.cat(CALIBRATION.batches)
+    program, ids = unquantized("position, spikes"), torch.cat(CALIBRATION.batches)
     wanted = values(program, ids)["lm_head"].mean((0, 1))
     errors = []
     for correction in (True, False):
@@ -206,7 +172,7 @@ def test_biases_make_up_for_the_mean_error() -> None:
 
 def test_trained_thresholds_potentials_and_leaks() -> None:
     """One number per channel, as fine-tuning leaves them."""
-    program = floating(**VARIANTS["leak, current"])
+    program = floating(**QUANTIZED["leak, current"])
     generator = torch.Generator().manual_seed(3)
     for name, tensor in program.tensors.items():
         if name.endswith((".threshold", ".v0")):
@@ -235,7 +201,7 @@ def test_trained_thresholds_potentials_and_leaks() -> None:
 
 
 def test_rms_norm() -> None:
-    program = floating(**VARIANTS["leak, current"])
+    program = floating(**QUANTIZED["leak, current"])
     for node in program.graph.find_nodes(op="call_function", target=aten.layer_norm.default):
         node.target, node.args = aten.rms_norm.default, (*node.args[:3], 1e-5)
     program.refresh()
@@ -261,7 +227,7 @@ def test_a_token_depends_on_nothing_behind_it_and_on_no_other_row(name: str) -> 
 
 
 def test_the_same_input_gives_the_same_program() -> None:
-    again = run_pipeline(variant("leak, current"), [Quantize()], CONTEXT)
+    again = run_pipeline(unquantized("leak, current"), [Quantize()], CONTEXT)
     first = quantized("leak, current")
     assert str(again) == str(first)
     assert all(torch.equal(t, first.tensors[name]) for name, t in again.tensors.items())
@@ -282,7 +248,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_options_by_module() -> None:
     given = context(**{"transformer.h.0.mlp.c_fc": {"weight_bits": 4}})
-    program = run_pipeline(variant("leak, current"), [Quantize()], given)
+    program = run_pipeline(unquantized("leak, current"), [Quantize()], given)
     assert int(program.tensor("transformer.h.0.mlp.c_fc.weight").abs().max()) <= 7
     assert int(program.tensor("transformer.h.0.mlp.c_proj.weight").abs().max()) > 100
     assert count_ops(program)["ntc.integer_linear"] == 7

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +10,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import CALIBRATION, CONTEXT, calibrated, canonical, nano, rates, spiking
-from test_quantize import quantized
-from torch import Tensor, nn
+from programs import CALIBRATION, canonical, nano, quantized, rates, spiking
+from streaming_cases import LENGTH, VARIANTS, in_pieces, streaming, trains, variant
+from torch import Tensor
 
-import ntc
-import ntc_passes.to_streaming as module
 from ntc.artifact import load, read_manifest, save, seal
-from ntc.errors import ArtifactError, BackendError, ConfigError, DataError, PassError, VerifyError
-from ntc.meta import MODULE, SCALE, STATE, TYPE
-from ntc.ops import spec_of
-from ntc.pipeline import exact_limit, run_pipeline
+from ntc.errors import ArtifactError, BackendError, ConfigError, DataError, VerifyError
+from ntc.meta import MODULE, SCALE, STATE
+from ntc.pipeline import exact_limit
 from ntc.program import Program, interpret
-from ntc.spike_type import ANALOG, INDEX, CurrentType, SpikeType
+from ntc.spike_type import ANALOG, INDEX, CurrentType
 from ntc.state import StateSpec
 from ntc.streaming import Stream
-from ntc.testing import NanoGPT, check_pass, count_ops, example_ids
+from ntc.testing import check_pass, count_ops, example_ids
 from ntc.verify import verify
-from ntc_passes.canonicalize import Canonicalize
-from ntc_passes.insert_neurons import InsertNeurons
-from ntc_passes.replace_attention import ReplaceAttention
 from ntc_passes.to_streaming import ToStreaming
 
-LENGTH = 22  # of a context of 24, and more than the streaming kernel takes one by one
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    **{n: {"normalizer": n} for n in ("position", "learned-position", "leak", "channel-leak", "rms", "leak-rms", "row-sum")},
-    "ternary": {"normalizer": "position", "signed_query": True, "signed_key": True},
-    "current": {"normalizer": "row-sum", "output": "current"},
-    "lif": {"neuron": "lif", "signed_value": False, "normalizer": "leak", "percentile": 70.0},
-}
 EXACT = {"position", "learned-position", "rms", "row-sum", "ternary", "current"}
 """Without a leak spiking attention adds integers, and everything else of one piece has the shapes of the parallel program."""
-
-
-def streaming(program: Program) -> Program:
-    return run_pipeline(program, [ToStreaming()])
 
 
 def doubled(program: Program) -> Program:
@@ -60,20 +40,10 @@ def doubled(program: Program) -> Program:
 
 
 @cache
-def variant(name: str) -> Program:
-    replaced = run_pipeline(calibrated(n_layer=1), [ReplaceAttention.configure(VARIANTS[name])], CONTEXT)
-    return run_pipeline(replaced, [InsertNeurons()], CONTEXT)
-
-
-@cache
 def pair(name: str) -> tuple[Program, Program]:
     """A variant and its streaming form, in float64."""
     parallel = doubled(variant(name))
     return parallel, streaming(parallel)
-
-
-def trains(program: Program) -> list[str]:
-    return [n.name for n in program.graph.nodes if isinstance(n.meta.get(TYPE), SpikeType) and spec_of(n).element == "population"]
 
 
 def spikes_and_logits(program: Program, ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -86,23 +56,6 @@ def spikes_and_logits(program: Program, ids: Tensor) -> tuple[dict[str, Tensor],
     names = set(trains(program))
     with torch.no_grad():
         return found, interpret(program, ids, visit)
-
-
-def pieces(length: int, cuts: set[int]) -> Iterator[tuple[int, int]]:
-    yield from pairwise(sorted({0, length, *cuts}))
-
-
-def in_pieces(program: Program, ids: Tensor, cuts: set[int]) -> tuple[dict[str, Tensor], Tensor]:
-    stream, found, rows = Stream(program, len(ids)), {}, []
-    names = set(trains(program))
-
-    def visit(node: torch.fx.Node, args: tuple[Any, ...], value: Any) -> None:
-        if node.name in names:
-            found.setdefault(node.name, []).append(value)
-
-    for start, stop in pieces(ids.shape[1], cuts):
-        rows.append(stream(ids[:, start:stop], visit))
-    return {name: torch.cat(parts, -2) for name, parts in found.items()}, torch.cat(rows, 1)
 
 
 some_cuts = st.one_of(st.sets(st.integers(1, LENGTH - 1)), st.sampled_from([set(), set(range(LENGTH)), {1}, {LENGTH - 1}, {19}]))
@@ -209,128 +162,6 @@ def test_the_state_of_each_normalizer() -> None:
     plain = {"position": (1,), "ssa_memory": (4, "B", 4, 8, 8)}
     sums = {**plain, "scaled_key_sums": (4, "B", 32)}
     assert kinds == {name: sums if VARIANTS[name]["normalizer"] == "row-sum" else plain for name in VARIANTS}
-
-
-# ------------------------------------------------------------------------------------------------ positions
-
-
-class Decoder(nn.Module):
-    """A small decoder that makes positions in its own way."""
-
-    def __init__(self, positions: str) -> None:
-        super().__init__()
-        self.inner, self.positions = NanoGPT(layers=1, mask="sdpa"), positions
-        self.register_buffer("table", torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(3)))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        length, x = ids.shape[1], self.inner.wte(ids)
-        if self.positions == "arange":
-            x = x + self.inner.wpe(torch.arange(0, length).unsqueeze(0))
-        elif self.positions == "cumsum":
-            x = x + self.inner.wpe(torch.ones(1, length, dtype=torch.long).cumsum(1) - 1)
-        elif self.positions == "from one":
-            x = x + torch.sin(0.3 * torch.ones(1, length).cumsum(1))[..., None]
-        elif self.positions == "slice":
-            x = x + self.inner.wpe.weight[:length]
-        elif self.positions == "buffer":
-            x = x + self.table[:, :length, :]
-        elif self.positions == "angles":
-            x = x + torch.sin(torch.arange(length, dtype=torch.float32)[:, None] * torch.linspace(0.01, 1, 32))
-        elif self.positions == "twice":
-            numbers = torch.arange(length)
-            x = x + self.inner.wpe(numbers) + self.table[0, :length] * torch.cos(numbers * 0.3)[:, None]
-        elif self.positions == "share":
-            x = x + (torch.arange(length) / length)[None, :, None]
-        elif self.positions == "backwards":
-            x = x + self.inner.wpe(length - 1 - torch.arange(length))
-        elif self.positions == "mean":
-            x = x + x.cumsum(1)
-        for block in self.inner.h:
-            x = block(x, ids)
-        return self.inner.lm_head(self.inner.ln_f(x))
-
-
-@cache
-def decoder(positions: str) -> Program:
-    return run_pipeline(ntc.capture(Decoder(positions).eval(), example_ids()), [Canonicalize()])
-
-
-@pytest.mark.parametrize("positions", ["none", "arange", "cumsum", "from one", "slice", "buffer", "angles", "twice"])
-def test_positions_are_recognized_by_what_they_are(positions: str) -> None:
-    after = streaming(decoder(positions))
-    assert after.history[-1].sites == 1 + {"none": 0, "twice": 2}.get(positions, 1)
-    ids = example_ids(length=LENGTH)
-    with torch.no_grad():
-        expected = decoder(positions)(ids)
-    for cuts in ({1, 2, 3}, {20}):
-        _, found = in_pieces(after, ids, cuts)
-        assert float((found - expected).abs().max()) <= exact_limit(float(expected.abs().max()))
-
-
-def test_rotary_embeddings_move_on() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                         vocab_size=61, max_position_embeddings=24)  # fmt: skip
-    parallel = run_pipeline(ntc.capture(LlamaForCausalLM(config).eval()), [Canonicalize()])
-    after, ids = streaming(parallel), example_ids(length=LENGTH)
-    with torch.no_grad():
-        expected = parallel(ids)
-    _, found = in_pieces(after, ids, {4, 5, 19})
-    assert float((found - expected).abs().max()) <= exact_limit(float(expected.abs().max()))
-
-
-# ------------------------------------------------------------------------------------------------ refusals
-
-
-@pytest.mark.parametrize(
-    ("positions", "node"), [("mean", r"aten\.cumsum"), ("share", r"aten\.div"), ("backwards", r"aten\.(sub|rsub|add)")]
-)
-def test_what_mixes_tokens_otherwise_is_refused_where_it_stands(positions: str, node: str) -> None:
-    with pytest.raises(PassError, match=rf"({node})\S* has no streaming form: given the next tokens alone it differs .* at node %\w+"):
-        streaming(decoder(positions))
-
-
-def test_attention_that_is_not_causal_is_refused() -> None:
-    program = run_pipeline(ntc.capture(NanoGPT(layers=1, mask="none"), example_ids()), [Canonicalize()])
-    with pytest.raises(PassError, match=r"has no streaming form: .* at node %\w+ \(h\.0\.attn"):
-        streaming(program)
-
-
-def test_a_program_that_is_not_canonical_is_refused() -> None:
-    with pytest.raises(PassError, match="to-streaming needs a program that is canonical"):
-        streaming(ntc.capture(NanoGPT(layers=1), example_ids()))
-
-
-FORMS = torch.ops.ntc
-
-
-@pytest.mark.parametrize("lost", [FORMS.position_scale.default, FORMS.spiking_attention.default, FORMS.row_sum_scale.default, None])
-def test_the_check_finds_what_the_pass_forgets(lost: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the rewrites left out, and the positions: the check names the node that lacks it."""
-    program = variant("row-sum" if lost is FORMS.row_sum_scale.default else "position")
-    if lost is None:
-        monkeypatch.setattr(module, "shift_positions", lambda *_: 0)
-        where = "wpe"
-    else:
-        monkeypatch.setattr(module, "_FORMS", {k: v for k, v in module._FORMS.items() if k is not lost})
-        where = "ssa" if lost is FORMS.spiking_attention.default else "scaled"
-    with pytest.raises(PassError, match=rf"has no streaming form: .* at node %\w*{where}"):
-        streaming(program)
-
-
-def test_the_check_finds_a_wrong_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slightly(edit: Any, node: torch.fx.Node) -> None:
-        *rest, leak = node.args
-        wrong = edit.program.tensor(leak).detach() * 0.99
-        with ntc.meta.building(edit.program.graph, before=node, stands_for=[node], by="test") as call:
-            node.args = (*rest, call(edit.program.add_tensor("wrong", wrong)))
-        module._spiking_attention(edit, node)
-
-    monkeypatch.setitem(module._FORMS, FORMS.spiking_attention.default, slightly)
-    with pytest.raises(PassError, match=r"given the next tokens alone it differs .* at node %h_0_attn_attention_ssa"):
-        streaming(variant("leak"))
 
 
 def broken_state(change: Any) -> Program:
