@@ -22,7 +22,7 @@ from ntc_passes.fold_thresholds import FoldThresholds
 from ntc_passes.insert_neurons import InsertNeurons
 from ntc_passes.quantize import Quantize
 from ntc_passes.quantize.activations import best_scale
-from ntc_passes.quantize.attention import period_and_gain, tables
+from ntc_passes.quantize.attention import leak_in_integers
 from ntc_passes.quantize.compensation import compensated, rounded, weight_scales
 from ntc_passes.quantize.fixed_point import fixed_point, shift_for
 from ntc_passes.replace_attention import ReplaceAttention
@@ -118,32 +118,36 @@ def test_factors_as_multipliers() -> None:
 # ------------------------------------------------------------------------------------------------ tables of leaks
 
 
-@pytest.mark.parametrize("leak", [[0.5, 0.996], [0.05, 0.9], [1.0, 0.75]])
-@pytest.mark.parametrize(("context", "key_size", "steps"), [(256, 64, 4), (1024, 64, 16), (2048, 128, 4)])
-def test_periods_fit_whatever_the_spikes(leak: list[float], context: int, key_size: int, steps: int) -> None:
+@pytest.mark.parametrize(("leak", "bits"), [([0.75, 0.996], 24), ([0.9, 0.97], 24), ([1.0, 0.95], 24), ([0.05, 0.9], 31), ([1.0, 0.5], 24)])
+@pytest.mark.parametrize(("context", "key_size", "steps"), [(256, 64, 4), (512, 32, 8)])
+def test_periods_fit_whatever_the_spikes(leak: list[float], bits: int, context: int, key_size: int, steps: int) -> None:
+    """Short where the leaks of a layer allow it, else wide; by the recursion itself, all spikes at once."""
     decay = torch.tensor(leak, dtype=torch.float64)
-    period, gain = period_and_gain(decay, context, key_size, steps, "here")
-    growth, renewal = tables(decay, period, gain)
-    assert period & (period - 1) == 0
-    assert gain >= 256
-    most = 0
+    made = leak_in_integers(decay, context, key_size, steps, "here")
+    assert made.period & (made.period - 1) == 0 and made.period >= 1
+    most, renewed = [0, 0], [0, 0]
     for h in range(2):  # every spike meets every other
         memory = 0
         for i in range(context):
-            if i and i % period == 0:
-                memory = (memory * int(renewal[h]) + (1 << 29)) >> 30
-            memory += int(growth[h, i % period])
-            most = max(most, memory)
-    assert most * key_size * steps < 2**31
-    assert gain == 4096 or 4 * most * key_size * steps > 2**31  # and not much smaller than it could be
-    exact = gain * decay[:, None] ** -torch.arange(period, dtype=torch.float64)
-    assert float(((growth - exact) / exact).abs().max()) <= 0.5 / gain
+            if i and i % made.period == 0:
+                renewed[h] = max(renewed[h], memory * int(made.renewal[h]))
+                memory = (memory * int(made.renewal[h]) + (1 << made.shift >> 1)) >> made.shift
+            memory += int(made.growth[h, i % made.period])
+            most[h] = max(most[h], memory)
+    assert 2 ** (bits - 2) < max(most) * key_size * steps < 2**bits or int(made.gain.max()) == 4096
+    assert bits == 31 or 2 * max(renewed) + 1 < 2**24
+    assert float(made.gain.min()) >= (64 if bits == 24 else 256) and made.error <= 0.5 / float(made.gain.min())
+    horizon = (made.leak - decay).abs() / (1 - decay).clamp(min=1 / context)
+    assert float(horizon.max()) <= (1 / 128 if bits == 24 else 0.0)
+    # A renewal takes up where the growth ends.
+    torch.testing.assert_close(made.renewal.double() / 2**made.shift, made.leak**made.period, rtol=0, atol=2.0**-31)
+    torch.testing.assert_close(made.growth.double() * made.factors.T, torch.ones(2, made.period).double(), rtol=made.error * 1.01, atol=0)
 
 
 def test_a_memory_that_grows_for_ever_is_refused() -> None:
     with pytest.raises(PassError, match=r"memory of here does not fit into 32 bits with unlimited tokens.*choose a leak below 1"):
-        period_and_gain(torch.tensor([1.0], dtype=torch.float64), 0, 64, 4, "here")
-    assert period_and_gain(torch.tensor([0.99], dtype=torch.float64), 0, 64, 4, "here")[0] >= 16
+        leak_in_integers(torch.tensor([1.0], dtype=torch.float64), 0, 64, 4, "here")
+    assert leak_in_integers(torch.tensor([0.99], dtype=torch.float64), 0, 64, 4, "here").period >= 16
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -1,9 +1,17 @@
 r"""Spiking attention: tables that stand for the leak, and what the counts stand for at each position.
 
 With a leak lambda the memory is renewed once in R tokens, and in between keys are written with the weight ``g lambda^-r`` at position r
-of the period (docs/integers.md). R and g are chosen per layer: the longest period up to ``_PERIOD`` with which the weakest weight g has
-still ``_FINE`` steps, while the largest count, summed over T steps, stays within 32 bits whatever the spikes. So the relative error of
-``lambda^d`` is at most ``1 / (2 g)``, where keys are written; M is rounded to whole numbers when it is renewed.
+of the period (docs/integers.md). R is chosen per layer, g per key head, in one of two ways:
+
+- **Short**: counts, summed over T steps, stay below ``2^24`` whatever the spikes, and so do twice the products of a renewal, which has few
+  bits: kappa = n / 2^s. The tables are those of the leak ``kappa^(1/R)``, which differs from lambda by less than the rounding of
+  the weights does. What computes in float32 is exact then, and a chip needs memories of 24 bits less those of T D rows: 16 for T D = 256.
+  R is the longest period up to ``_PERIOD`` in which neither the weakest weight (by ``1 / (2 g)``) nor the horizon
+  ``1 / (1 - lambda)`` is wrong by more than ``_WRONG``.
+- **Wide**, where no such period is: counts stay within 32 bits, the renewal has ``_RENEWAL_BITS`` binary places, and R is the longest
+  period with which the weakest weight has still ``_FINE`` steps.
+
+So the relative error of ``lambda^d`` is at most ``1 / (2 g)``, where keys are written; M is rounded to whole numbers when it is renewed.
 
 Counts at position r stand for ``lambda^r / g`` times as much. That factor, one per 1/(i + 1) or of a learned table (which is a period as
 long as the context), and a constant gain behind it all go into the multiplier of the ``requantize`` that reads them.
@@ -12,6 +20,7 @@ long as the context), and a constant gain behind it all go into the multiplier o
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +31,7 @@ from ntc.meta import SCALE, module_of, where
 from ntc_passes.quantize.fixed_point import nearest
 from ntc_passes.quantize.walk import Constant, Value, Work
 
-__all__ = ["attention", "period_and_gain", "position_scale", "tables"]
+__all__ = ["Leak", "attention", "leak_in_integers", "position_scale"]
 
 _PERIOD = 32
 _FINE = 1 << 8
@@ -30,6 +39,47 @@ _FINEST = 1 << 12
 _MOST = 1 << 31
 _RENEWAL_BITS = 30
 """Binary places: what is lost is less than the rounding of M, which has at most 30 bits."""
+
+_SHORT = 1 << 24
+_SHORTEST = 8
+"""Tokens: with fewer, renewals are most of the work, and the wide form is the better one."""
+
+_WRONG = 1 / 128
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A leak in integers.
+
+    Attributes:
+        growth: Weights ``g lambda^-r``, ``[Hk, R]``, int32.
+        renewal: What a renewal leaves, times ``2^shift``, ``[Hk]``, int32.
+        shift: Binary places of the renewal.
+        leak: The lambda of these tables, ``[Hk]``.
+        gain: g, ``[Hk]``.
+    """
+
+    growth: Tensor
+    renewal: Tensor
+    shift: int
+    leak: Tensor
+    gain: Tensor
+
+    @property
+    def period(self) -> int:
+        """R."""
+        return self.growth.shape[1]
+
+    @property
+    def factors(self) -> Tensor:
+        """What one of a count stands for at each position of the period: ``lambda^r / g``, ``[R, Hk]``."""
+        return self.leak ** torch.arange(self.period, dtype=torch.float64)[:, None] / self.gain
+
+    @property
+    def error(self) -> float:
+        """Largest relative error of a written weight."""
+        exact = _powers(self.leak, self.period) * self.gain[:, None]
+        return float(((self.growth.double() - exact) / exact).abs().max())
 
 
 def attention(work: Work, node: Node) -> Value:
@@ -49,10 +99,10 @@ def attention(work: Work, node: Node) -> Value:
         growth, renewal, shift = torch.ones(kv_heads, 1, dtype=torch.int32), None, 0
         factors = torch.ones(1, heads, dtype=torch.float64)
     else:
-        period, gain = period_and_gain(leak, context, key_size, trains[0].steps, where(node))
-        (growth, renewal), shift = tables(leak, period, gain), _RENEWAL_BITS
-        work.notes[node.name] = {"period": period, "gain": gain, "leak_error": _leak_error(leak, growth, gain)}
-        factors = leak.repeat_interleave(heads // kv_heads) ** torch.arange(period, dtype=torch.float64)[:, None] / gain
+        made = leak_in_integers(leak, context, key_size, trains[0].steps, where(node))
+        growth, renewal, shift = made.growth, made.renewal, made.shift
+        work.notes[node.name] = {"period": made.period, "gain": int(made.gain.min()), "leak_error": made.error}
+        factors = made.factors.repeat_interleave(heads // kv_heads, dim=1)
     result, data = work.emit(
         node, torch.ops.ntc.integer_attention.default, *trains, heads, kv_heads, Constant(f"{prefix}.ssa.growth", growth),
         None if renewal is None else Constant(f"{prefix}.ssa.renewal", renewal), shift,
@@ -75,14 +125,11 @@ def _leak(work: Work, node: Node, kv_heads: int) -> Tensor | None:
     return leak.expand(kv_heads)
 
 
-def period_and_gain(leak: Tensor, context: int, key_size: int, steps: int, place: str) -> tuple[int, int]:
-    """R and g of a layer.
-
-    The largest entry of M, at the last position of a period, is ``g lambda^-(R-1) min(1 / (1 - lambda), context)``, and a sum over
-    ``key_size`` rows of M is that many times as much; a decode adds up T of them.
+def leak_in_integers(leak: Tensor, context: int, key_size: int, steps: int, place: str) -> Leak:
+    """Tables of a layer: the short form, or the wide one where that is none (see the module's docstring).
 
     Args:
-        leak: lambda of each head, in (0, 1].
+        leak: lambda of each key head, in (0, 1].
         context: Most tokens of a sequence, 0 if not limited.
         key_size: D.
         steps: T.
@@ -90,6 +137,52 @@ def period_and_gain(leak: Tensor, context: int, key_size: int, steps: int, place
 
     Raises:
         PassError: If a leak of 1 meets an unlimited context, or no period does.
+    """
+    period = _PERIOD
+    while period >= _SHORTEST:
+        options = [made for shift in range(1, 23) if (made := _short(leak, context, key_size * steps, period, shift)) is not None]
+        if options:
+            error, best = min(options, key=lambda option: option[0])
+            if error <= _WRONG:
+                return best
+        period //= 2
+    return _wide(leak, context, key_size, steps, place)
+
+
+def _short(leak: Tensor, context: int, rows: int, period: int, shift: int) -> tuple[float, Leak] | None:
+    """Tables whose counts of so many rows are below 2^24 with renewals of ``shift`` places, and what is wrong with them, relatively.
+
+    After a renewal an entry of M is at most ``kappa`` times what it was before, and 1/2 more; the weights of a period add up to at most
+    ``g sum_r lambda^-r + R / 2``. So it never exceeds ``(g sum_r lambda^-r + (R + 1) / 2) (1 + kappa + kappa^2 + ...)``, with as many
+    terms as a context has periods.
+    """
+    renewal = nearest(leak**period * 2.0**shift).clamp(1, 2.0**shift)
+    kept = renewal / 2.0**shift
+    made = kept ** (1 / period)
+    if bool((kept == 1).any()) and not context:
+        return None
+    terms = torch.where(kept < 1, (1 - kept ** math.ceil(context / period) if context else 1.0) / (1 - kept).clamp(min=1e-12), 0.0)
+    terms = torch.where(kept < 1, terms, math.ceil(context / period))
+    most = torch.minimum(torch.tensor((_SHORT - 1) / rows, dtype=torch.float64), (_SHORT / 2 - 1) / renewal)
+    gain = ((most - (period + 1) / 2 * terms) / (_powers(made, period).sum(1) * terms) * (1 - 1e-9)).floor().clamp(max=_FINEST)
+    if bool((gain < 1).any()):
+        return None
+    moved = (made - leak).abs() / (1 - leak).clamp(min=1 / context if context else 1e-12)
+    growth = nearest(gain[:, None] * _powers(made, period)).to(torch.int32)
+    return float(torch.maximum(0.5 / gain, moved).max()), Leak(growth, renewal.to(torch.int32), shift, made, gain)
+
+
+def _powers(leak: Tensor, period: int) -> Tensor:
+    """``lambda^-r``, ``[Hk, R]``."""
+    powers: Tensor = leak[:, None] ** -torch.arange(period, dtype=torch.float64)
+    return powers
+
+
+def _wide(leak: Tensor, context: int, key_size: int, steps: int, place: str) -> Leak:
+    """Tables whose counts fit into 32 bits.
+
+    The largest entry of M, at the last position of a period, is ``g lambda^-(R-1) min(1 / (1 - lambda), context)``, and a sum over
+    ``key_size`` rows of M is that many times as much; a decode adds up T of them.
     """
     remembered = torch.where(leak < 1, 1 / (1 - leak).clamp(min=1e-12), math.inf)
     if context:
@@ -99,24 +192,14 @@ def period_and_gain(leak: Tensor, context: int, key_size: int, steps: int, place
         largest = float((leak ** -(period - 1) * remembered).max()) * key_size * steps
         room = _MOST / largest / 1.02  # rounding of the weights, and of M when it is renewed
         if room >= _FINE:
-            return period, 1 << min(int(math.log2(room)), int(math.log2(_FINEST)))
+            gain = torch.full_like(leak, 1 << min(int(math.log2(room)), int(math.log2(_FINEST))))
+            growth = nearest(gain[:, None] * _powers(leak, period)).to(torch.int32)
+            return Leak(growth, nearest(leak**period * (1 << _RENEWAL_BITS)).to(torch.int32), _RENEWAL_BITS, leak, gain)
         period //= 2
     raise PassError(
         f"the memory of {place} does not fit into 32 bits with {context or 'unlimited'} tokens of context and {key_size} rows per head: "
         "choose a leak below 1, or a shorter context"
     )
-
-
-def tables(leak: Tensor, period: int, gain: int) -> tuple[Tensor, Tensor]:
-    """``growth [Hk, R]`` and ``renewal [Hk]``, the latter with ``_RENEWAL_BITS`` binary places."""
-    growth = nearest(gain * leak[:, None] ** -torch.arange(period, dtype=torch.float64))
-    return growth.to(torch.int32), nearest(leak**period * (1 << _RENEWAL_BITS)).to(torch.int32)
-
-
-def _leak_error(leak: Tensor, growth: Tensor, gain: int) -> float:
-    """Largest relative error of a written weight."""
-    exact = gain * leak[:, None] ** -torch.arange(growth.shape[1], dtype=torch.float64)
-    return float(((growth.double() - exact) / exact).abs().max())
 
 
 def position_scale(work: Work, node: Node) -> Value:
