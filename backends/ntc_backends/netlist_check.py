@@ -51,13 +51,19 @@ def check_graph(netlist: schema.Netlist) -> None:
 
 
 def _check_names(netlist: schema.Netlist) -> None:
-    """An element and an op of an island are each one op of the graph: a name stands for one of them, wherever it is read."""
-    seen: dict[str, str] = {}
-    named = [(netlist.input.name, "the input"), (netlist.output.name, "the output"), *((e.name, "an element") for e in netlist.elements())]
-    for name, what in (*named, *((op.name, f"an op of {island.name}") for island in netlist.host for op in island.ops)):
-        if name in seen:
-            raise ArtifactError(f"two parts of the netlist have the same name, {one_line(name)}: {seen[name]} and {one_line(what)}")
-        seen[name] = one_line(what)
+    """An element and an op of an island are each one op of the graph: a name stands for one of them, wherever it is read.
+
+    Input and output are no ops, and what they are called (``logits``) an op inside of an island may be called, too.
+    """
+    elements = [(e.name, "an element") for e in netlist.elements()]
+    ops = [(op.name, f"an op of {island.name}") for island in netlist.host for op in island.ops]
+    ends = [(netlist.input.name, "the input"), (netlist.output.name, "the output")]
+    for named in (elements + ends, elements + ops):
+        seen: dict[str, str] = {}
+        for name, what in named:
+            if name in seen:
+                raise ArtifactError(f"two parts of the netlist have the same name, {one_line(name)}: {seen[name]} and {one_line(what)}")
+            seen[name] = one_line(what)
 
 
 def _known(endpoint: str, done: set[str], elements: dict[str, schema.AnyElement], reader: str) -> None:

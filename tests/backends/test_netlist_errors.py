@@ -147,6 +147,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "dangling tensor": (edit_json(lambda d: d["projections"][0].update(weight="nothing")), "which its table does not have"),
     "unused tensor": (edit_json(lambda d: d["projections"][0].update(bias=None)), "no element of the netlist uses"),
     "same name": (edit_json(rename), "the same name, h_0_attn_c_attn_k: an element and an element"),
+    "called like the output": (edit_json(lambda d: d["populations"][0].update(name="logits")), "the same name, logits: an element and the output"),
     "op of two islands": (edit_json(op_of_two_islands), "an op of host_0 and an op of host_"),
     "op like an element": (edit_json(op_like_an_element), "the same name, h_0_attn_attention_q_spikes: an element and an op of host_0"),
     "order": (edit_json(lambda d: d["order"].pop()), "the order of the netlist"),
@@ -173,6 +174,15 @@ def test_broken_netlists_are_refused_with_one_sentence(tiny: Case, tmp_path: Pat
     with pytest.raises(ntc.ArtifactError, match=re.escape(message)) as raised:
         load_netlist(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_an_op_may_be_called_like_the_output(tiny: Case, tmp_path: Path) -> None:
+    def rename_op(data: dict[str, Any]) -> None:
+        first = data["host"][0]
+        old = next(op["name"] for op in first["ops"] if op["name"] not in first["outputs"])
+        data["host"][0] = json.loads(json.dumps(first).replace(f'"{old}"', '"logits"'))
+
+    assert "logits" in [op.name for op in load_netlist(tiny.edited(tmp_path, rename_op)).host[0].ops]
 
 
 def test_a_file_of_version_1_0_is_read(tiny: Case, tmp_path: Path) -> None:
