@@ -192,7 +192,8 @@ def quantize_folder(
     """Quantize the program of a compiled or fine-tuned folder and write it to another one.
 
     Args:
-        source: The folder; tokenizer, original network and what is known of the compilation are taken over.
+        source: The folder; tokenizer, original network, log and baseline of its fine-tuning and what is known of the compilation are
+            taken over. Artefacts are not: they are of the program in floating point.
         out: Where to, as for ``write``.
         options: Of the pass ``quantize``.
         calibration: Tokens that scales are chosen on.
@@ -219,10 +220,7 @@ def quantize_folder(
         about["recipe"] = {**about["recipe"], "passes": [*about["recipe"]["passes"], _QUANTIZE]}
     with replacing_folder(out) as beside:
         artifact.save(result, beside, about=about)
-        if (source / "analog.json").is_file():
-            shutil.copyfile(source / "analog.json", beside / "analog.json")
-        if (source / "tokenizer").is_dir():
-            shutil.copytree(source / "tokenizer", beside / "tokenizer")
+        artifact.take_over(source, beside)
         artifact.seal(beside)
     return program, result
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ntc import artifact
-from tests.cli.conftest import run_ntc
+from tests.cli.conftest import content, run_ntc
 from tests.cli.test_commands import check_keys, result, shown
 
 
@@ -34,6 +34,22 @@ def test_a_compiled_folder(compiled: Path, tmp_path: Path) -> None:
     manifest = artifact.read_manifest(tmp_path / "q")
     assert manifest["recipe"]["passes"][-1] == "quantize" == program.history[-1].name
     assert {p.name for p in (tmp_path / "q").iterdir()} == {"analog.json", "manifest.json", "program.json", "program.safetensors", "tokenizer"}
+
+
+def test_what_lies_beside_the_program_comes_along_and_artefacts_do_not(copied: Path, tmp_path: Path) -> None:
+    """``ntc evaluate`` finds the baseline of a fine-tuned program beside the quantized one, too."""
+    (copied / "baseline" / "tokenizer").mkdir(parents=True)
+    (copied / "baseline" / "tokenizer" / "vocab.json").write_text("{}")
+    for name in ("training.jsonl", "curve.png", "curve.svg", "baseline/manifest.json", "notes-of-mine.txt"):
+        (copied / name).write_text(name)
+    result("quantize", copied, "-o", tmp_path / "q", "--no-measure")
+    taken, all_of_it = content(tmp_path / "q"), content(copied)
+    assert (copied / "netlist.json").is_file()
+    beside = {"training.jsonl", "curve.png", "curve.svg", "baseline/manifest.json", "baseline/tokenizer/vocab.json", "analog.json"}
+    assert {name for name in taken if "/" in name or taken[name] == all_of_it.get(name)} >= beside
+    assert not {"netlist.json", "netlist.safetensors", "energy.json", "notes-of-mine.txt"} & taken.keys()
+    assert artifact.read_manifest(tmp_path / "q")["files"] == {n: h for n, h in taken.items() if not n.endswith("manifest.json")}
+    assert "targets" not in artifact.read_manifest(tmp_path / "q")
 
 
 def test_compile_gives_the_same_as_quantize_afterwards(model: Path, integers: Path, tmp_path: Path) -> None:
