@@ -14,24 +14,16 @@ multiplications. Where an operand is wider than 8 bits, a product in floating po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
-
 import torch
 from torch.fx import Node
 
-from ntc.ops.interval import Bound, Interval
-from ntc.ops.spec import spec_of
-from ntc.widths import bounds
 from ntc_backends import onnx_integer_functions as functions
-from ntc_backends.onnx_integer_attention import attention
-from ntc_backends.onnx_writer import Value, Writer, bound, functions_in, handles, onnx_type
+from ntc_backends.onnx_integer_neurons import product_of
+from ntc_backends.onnx_integer_norm import norm
+from ntc_backends.onnx_integer_widths import SINGLE, WHOLE, call, inside, interval, is_narrow, once, result_type, zero_point
+from ntc_backends.onnx_writer import Value, Writer, bound, handles, onnx_type
 
 __all__ = ["BLOCK", "SINGLE", "WHOLE"]
-
-SINGLE, WHOLE = 1 << 24, 1 << 53
-"""Integers below are exact in float32 and in float64."""
 
 BLOCK = 512
 """Channels of the head that are taken at once: with 256 tokens, 1 MiB of float64."""
@@ -42,68 +34,80 @@ _PAIR = (1 << 15) - 1
 ntc = torch.ops.ntc
 
 
-_PROVEN: WeakKeyDictionary[Writer, dict[Node, Bound]] = WeakKeyDictionary()
-
-
-def _bounds(w: Writer) -> dict[Node, Bound]:
-    if w not in _PROVEN:
-        _PROVEN[w] = bounds(w.program)
-    return _PROVEN[w]
-
-
-def _interval(w: Writer, node: Node) -> Interval:
-    return _bounds(w)[node].result
-
-
-def _inside(w: Writer, node: Node) -> dict[str, int]:
-    """Largest magnitude of what an op holds, by name."""
-    return {i.what: max(-i.low, i.high) for i in _bounds(w)[node].inside}
-
-
-def _call(w: Writer, node: Node, text: str, inputs: Sequence[str], part: str = "", **attributes: Any) -> str:
-    """A call of a local function given by its text."""
-    (function,) = functions_in(text)
-    w.functions.setdefault((function.domain, function.name, function.overload), function)
-    given: dict[str, Any] = {k: int(v) if isinstance(v, bool) else v for k, v in attributes.items()}
-    return w.call(function.name, inputs, part, domain=function.domain, overload=function.overload, **given)
-
-
-def _result_type(node: Node) -> int:
-    return onnx_type(node.meta["val"].dtype)
-
-
 @handles(ntc.integer_norm.default)
 def _norm(w: Writer, node: Node) -> Value:
-    a, held = bound(node), _inside(w, node)
-    shifted = held["shifted difference"]
-    real = shifted < 1 << 48 and shifted >> a["guard"] + 16 < 1 << 26 and held["normalised value times gain"] < WHOLE
-    channels, group = a["x"].meta["val"].shape[-1], 1
-    square = max(shifted >> a["guard"] + 16, 1) ** 2
-    while real and channels % (2 * group) == 0 and 2 * group * square <= WHOLE:
+    a, held = bound(node), inside(w, node)
+    most, channels, group = max(interval(w, a["x"]).magnitude, 1), a["x"].meta["val"].shape[-1], 1
+    real = most << a["guard"] + 16 < 1 << 48 and most < 1 << 26 and 4 * channels * most**2 < 1 << 63
+    real = real and held["normalised value times gain"] + (1 << a["shift"] + 8) < WHOLE
+    while real and channels % (2 * group) == 0 and 2 * group * most**2 <= WHOLE:
         group *= 2
-    text = functions.norm(a["centre"], real, _result_type(node), group)
     given = {k: a[k] for k in ("epsilon", "guard", "shift", "low", "high")}
-    return _call(w, node, text, [w.name_of(a[k]) for k in ("x", "gain", "offset")], **given)
+    zero = zero_point(w, node) if real else None
+    text = norm(a["centre"], real, result_type(node) if zero is None else functions.UINT8, group)
+    inputs = [w.name_of(a[k]) for k in ("x", "gain", "offset")]
+    return _stored(w, node, call(w, node, text, inputs, **(given if zero is None else given | {"zero": zero})), zero)
+
+
+def _stored(w: Writer, node: Node, name: str, zero: int | None) -> Value:
+    """The value of a node, or what its readers take in its place."""
+    if zero is None:
+        return name
+    w.shared["unsigned", node] = name
+    return []
 
 
 @handles(ntc.requantize.default)
 def _requantize(w: Writer, node: Node) -> Value:
     if _head_of(w, node) is not None:
         return []
-    a, held = bound(node), _inside(w, node)
+    a, held = bound(node), inside(w, node)
     by_position = a["multiplier"].meta["val"].dim() == 2
-    real = held["product"] < WHOLE or _same_steps(w, node)
+    zero = zero_point(w, node)
+    real = held["product"] + ((zero or 0) << a["shift"]) < WHOLE or _same_steps(w, node, zero or 0)
+    zero = zero if real else None
     scaled = all(user.target is ntc.from_integer.default for user in node.users)
-    text = functions.requantize(by_position, real, functions.FLOAT if scaled else _result_type(node))
-    given = {k: a[k] for k in ("shift", "low", "high")}
-    name = _call(w, node, text, [w.name_of(a["x"]), w.name_of(a["multiplier"])], **given)
+    to = functions.FLOAT if scaled else functions.UINT8 if zero is not None else result_type(node)
+    layer = _layer_before(w, node)
+    text = functions.requantize(by_position, real, to, layer is not None or _is_raised(w, node, to, held["product"]), layer is not None)
+    given = {k: a[k] for k in ("shift", "low", "high")} | ({} if zero is None else {"zero": zero})
+    x = w.shared.get(("product", a["x"])) or w.shared.get(("real", a["x"])) or w.name_of(a["x"])
+    bias = [] if layer is None else [w.name_of(bound(layer)["bias"])]
+    name = call(w, node, text, [x, w.name_of(a["multiplier"]), *bias], **given)
     if scaled:  # to float32, which holds these integers and is what all readers make of them
         w.shared["real", node] = name
         return []
-    return name
+    return _stored(w, node, name, zero)
 
 
-def _same_steps(w: Writer, node: Node) -> bool:
+def _layer_before(w: Writer, node: Node) -> Node | None:
+    """The linear layer whose product, without its bias, a ``requantize`` takes: the bias is added to what it adds anyway."""
+    if node.target is not ntc.requantize.default or zero_point(w, node) is not None:
+        return None
+    a, layer = bound(node), bound(node)["x"]
+    if layer.target is not ntc.integer_linear.default or len(layer.users) != 1 or bound(layer)["bias"] is None:
+        return None
+    if a["multiplier"].meta["val"].dim() == 2:
+        return None
+    to = functions.FLOAT if all(user.target is ntc.from_integer.default for user in node.users) else result_type(node)
+    return layer if _is_raised(w, node, to, _product(w, layer, node)) else None
+
+
+def _product(w: Writer, layer: Node, node: Node) -> int:
+    """Most of a layer's sums without their bias times the multiplier of the ``requantize`` behind, with its half."""
+    bias, multiplier = (w.program.tensor(x).to(torch.int64).abs() for x in (bound(layer)["bias"], bound(node)["multiplier"]))
+    return int((inside(w, layer)["accumulator"] + int(bias.max())) * int(multiplier.max()) + (1 << bound(node)["shift"]))
+
+
+def _is_raised(w: Writer, node: Node, to: int, product: int) -> bool:
+    """Whether results are rounded down by being cast to int32: raised by ``-low``, exact and within it."""
+    a = bound(node)
+    if to not in (functions.INT32, functions.FLOAT) or a["low"] >= 0 or (to == functions.FLOAT and a["high"] - a["low"] >= SINGLE):
+        return False
+    return bool(product - (a["low"] << a["shift"]) < WHOLE and (product >> a["shift"]) - a["low"] + 1 < 1 << 31)
+
+
+def _same_steps(w: Writer, node: Node, zero: int) -> bool:
     """Whether float64 gives each result of few bits: neither form decreases with x, so the two sides of each step decide."""
     a = bound(node)
     low, high, shift = a["low"], a["high"], a["shift"]
@@ -117,7 +121,7 @@ def _same_steps(w: Writer, node: Node) -> bool:
         # The least x that is rounded to a level: ceil((level - 1/2) 2^shift / m).
         reaches = -torch.div(-((2 * level - 1) << shift - 1), m, rounding_mode="floor")
         for x, least, most in ((reaches, level, high), (reaches - 1, low, level - 1)):
-            rounded = (x.to(torch.float64) * f + 0.5).floor().clamp(low, high).to(torch.int64)
+            rounded = (x.to(torch.float64) * f + (0.5 + zero)).floor().clamp(low + zero, high + zero).to(torch.int64) - zero
             if bool(((rounded < least) | (rounded > most)).any()):
                 return False
     return True
@@ -126,97 +130,7 @@ def _same_steps(w: Writer, node: Node) -> bool:
 @handles(ntc.integer_lookup.default)
 def _lookup(w: Writer, node: Node) -> Value:
     a = bound(node)
-    return _call(w, node, functions.lookup(), [w.name_of(a["x"]), w.name_of(a["table"])], low=a["low"])
-
-
-# ----------------------------------------------------------------------------------------------------------------- neurons
-
-
-def _neuron(w: Writer, neuron: Node, text: str) -> str:
-    a = bound(neuron)
-    given = {k: a[k] for k in ("steps", "signed", "timed")}
-    inputs = [w.name_of(a[k]) for k in ("current", "threshold", "start")]
-    return _call(w, neuron, text, inputs, **given, comparison=">=", reset="soft")
-
-
-@handles(ntc.integer_fire.default)
-def _fire(w: Writer, node: Node) -> Value:
-    a = bound(node)
-    if all(_counted(user) for user in node.users) and _closed_form(w, node):
-        # Nobody reads the spikes one by one. The value of this node is not what it is in the program, so it is kept beside.
-        w.shared["counts", node] = _neuron(w, node, functions.count(a["steps"], a["signed"]))
-        return []
-    return _neuron(w, node, functions.fire(a["steps"], a["signed"], a["timed"]))
-
-
-def _closed_form(w: Writer, node: Node) -> bool:
-    """Whether the count in float32 is the count, for every current: both do not decrease with it, so both sides of each step decide."""
-    a = bound(node)
-    if a["timed"]:
-        return False
-    channels = node.meta["val"].shape[-1]
-    theta, start = (w.program.tensor(a[k]).to(torch.int64).expand(channels) for k in ("threshold", "start"))
-    steps, low = a["steps"], -a["steps"] if a["signed"] else 0
-    factor = torch.tensor(float(steps)) / theta.to(torch.float32)
-    offset = (start.to(torch.float32) + 0.5) / theta.to(torch.float32)
-    level = torch.arange(low + 1, steps + 1).unsqueeze(1)
-    # The least current whose count reaches a level: ceil((level theta - start) / T).
-    reaches = -torch.div(start - level * theta, steps, rounding_mode="floor")
-    for current, least, most in ((reaches, level, steps), (reaches - 1, low, level - 1)):
-        counted = (current.to(torch.float32) * factor + offset).floor().clamp(low, steps).to(torch.int64)
-        if bool(((counted < least) | (counted > most)).any()):
-            return False
-    return True
-
-
-@handles(ntc.decode.default)
-def _decode(w: Writer, node: Node) -> Value:
-    a = bound(node)
-    train = a["train"]
-    for kind in ("counts", "decoded"):
-        if (kind, train) in w.shared:
-            return w.shared[kind, train]
-    if node.meta["val"].is_floating_point():
-        spec = spec_of(node)
-        assert spec is not None and spec.onnx is not None
-        return w.call_function(node, spec.onnx)
-    return _call(w, node, functions.decode(), [w.name_of(train)], code=a["code"])
-
-
-# --------------------------------------------------------------------------------------------------------------- attention
-
-
-@handles(ntc.integer_attention.default)
-def _attention(w: Writer, node: Node) -> Value:
-    a, held = bound(node), _inside(w, node)
-    renewed = a["renewal"] is not None
-    growth = w.program.tensor(a["growth"])
-    query, key, value = (_interval(w, a[k]).magnitude for k in ("query", "key", "value"))
-    rows = a["key"].meta["val"].shape[-1] // a["kv_heads"]
-    decoded = all(_counted(user) for user in node.users)
-    steps = a["query"].meta["val"].shape[0] if decoded else 1  # that one product adds up
-    met, written = query * key * rows, key * value * int(growth.sum(1, dtype=torch.int64).max())
-    inner, cross = steps * query * rows * written, steps * held["count"]
-    if not renewed:
-        inner, written = cross, value * int(growth.max())
-    renewal = functions.DOUBLE if held.get("memory times renewal", 0) < WHOLE else functions.INT64
-    text = attention(renewed, decoded, _exact_in(met), _exact_in(inner), _exact_in(written), _exact_in(cross), renewal)
-    names = ("query", "key", "value", "growth", "renewal")
-    inputs = [w.name_of(a[k]) for k in names if a[k] is not None]
-    name = _call(w, node, text, inputs, heads=a["heads"], kv_heads=a["kv_heads"], shift=a["shift"])
-    if decoded:  # this node's value is that of its readers
-        w.shared["decoded", node] = name
-        return []
-    return name
-
-
-def _counted(user: Node) -> bool:
-    """Whether a reader only adds up the steps."""
-    return user.target is ntc.decode.default and bound(user)["code"] == "count"
-
-
-def _exact_in(most: int) -> int:
-    return functions.FLOAT if most < SINGLE else functions.DOUBLE
+    return call(w, node, functions.lookup(), [w.name_of(a["x"]), w.name_of(a["table"])], low=a["low"])
 
 
 # ------------------------------------------------------------------------------------------------------------------ linear
@@ -227,34 +141,31 @@ def _linear(w: Writer, node: Node) -> Value:
     a = bound(node)
     if _head_of(w, node) is not None:  # written with its readers, block by block
         return []
+    added = any(node in (product_of(w, u), _layer_before(w, u)) for u in node.users)
     part = "" if a["bias"] is None else "product"
     operands = _bytes(w, node)
     product = _wide_product(w, node, a["x"], a["weight"], part) if operands is None else w.call("MatMulInteger", operands, part)
     if a["bias"] is None:
         return product
+    if added:  # by the reader
+        w.shared["product", node] = product
+        return []
     return w.call("Add", [product, w.operand(a["bias"], torch.int32, "bias")])
-
-
-def _is_narrow(w: Writer, node: Node) -> bool:
-    """Whether both operands have 8 bits."""
-    a = bound(node)
-    low, high = _interval(w, a["x"]).ends
-    return w.program.tensor(a["weight"]).dtype == torch.int8 and high - min(low, 0) <= 255
 
 
 def _bytes(w: Writer, node: Node) -> list[str] | None:
     """Operands of ``MatMulInteger``: unsigned activation, weight, zero point; None where one is wider than 8 bits."""
-    if not _is_narrow(w, node):
+    if not is_narrow(w, node):
         return None
     a = bound(node)
     x, weight = a["x"], a["weight"]
-    low, high = _interval(w, x).ends
+    low, high = interval(w, x).ends
     table, zero = w.program.tensor(weight), max(-low, 0)
     left = _unsigned(w, x, zero)
     pair = (high + zero) * int(table.to(torch.int64).abs().topk(min(2, table.shape[1]), dim=1).values.sum(1).max())
     right = _weight(w, weight, halved=pair > _PAIR)
     if pair > _PAIR:
-        left = _once(w, ("twice", left), lambda: w.call("Concat", [left, left], "twice", axis=-1))
+        left = once(w, ("twice", left), lambda: w.call("Concat", [left, left], "twice", axis=-1))
     return [left, right, w.constant(zero, torch.uint8)]
 
 
@@ -282,8 +193,8 @@ def _head_of(w: Writer, node: Node) -> tuple[Node, Node, Node] | None:
     if len(linear.users) != 1 or len(rescaled.users) != 1:
         return None
     by_position = bound(rescaled)["multiplier"].meta["val"].dim() == 2
-    wide = linear.meta["val"].shape[-1] >= 2 * BLOCK and _inside(w, rescaled)["product"] < WHOLE
-    return (linear, rescaled, last) if wide and not by_position and _is_narrow(w, linear) else None
+    wide = linear.meta["val"].shape[-1] >= 2 * BLOCK and inside(w, rescaled)["product"] < WHOLE
+    return (linear, rescaled, last) if wide and not by_position and is_narrow(w, linear) else None
 
 
 def _in_blocks(w: Writer, linear: Node, rescaled: Node, last: Node) -> str:
@@ -300,24 +211,20 @@ def _in_blocks(w: Writer, linear: Node, rescaled: Node, last: Node) -> str:
         return w.call_many("Split", [value, sizes], count, part, axis=axis)
 
     weights = parts(right, "weight_block", 1)
-    biases = None if a["bias"] is None else parts(w.operand(a["bias"], torch.int32, "bias"), "bias_block", 0)
+    biased = a["bias"] is not None
+    biases = parts(w.operand(a["bias"], torch.int32, "bias"), "bias_block", 0) if biased else []
     multiplier = w.name_of(r["multiplier"])
     multipliers = parts(multiplier, "multiplier_block", 0) if r["multiplier"].meta["val"].numel() > 1 else [multiplier] * count
-    text, blocks = functions.requantize(False, True, functions.FLOAT), []
+    raised = _is_raised(w, rescaled, functions.FLOAT, _product(w, linear, rescaled) if biased else inside(w, rescaled)["product"])
+    text, blocks = functions.requantize(False, True, functions.FLOAT, raised, raised and biased), []
     for i in range(count):
         value = w.call("MatMulInteger", [left, weights[i], zero], f"product.{i}")
-        if biases is not None:
-            value = w.call("Add", [value, biases[i]], f"sum.{i}")
-        value = _call(w, rescaled, text, [value, multipliers[i]], f"scaled.{i}", **{k: r[k] for k in ("shift", "low", "high")})
-        blocks.append(_call(w, last, functions.from_integer(), [value], f"block.{i}", exponent=bound(last)["exponent"]))
+        inputs = [value, multipliers[i], *biases[i : i + 1]]
+        if biased and not raised:
+            inputs = [w.call("Add", [value, biases[i]], f"sum.{i}"), multipliers[i]]
+        value = call(w, rescaled, text, inputs, f"scaled.{i}", **{k: r[k] for k in ("shift", "low", "high")})
+        blocks.append(call(w, last, functions.from_integer(), [value], f"block.{i}", exponent=bound(last)["exponent"]))
     return w.call("Concat", blocks, axis=-1)
-
-
-def _once(w: Writer, key: Any, make: Callable[[], str]) -> str:
-    if key not in w.shared:
-        w.shared[key] = make()
-    name: str = w.shared[key]
-    return name
 
 
 def _unsigned(w: Writer, x: Node, zero: int) -> str:
@@ -329,7 +236,7 @@ def _unsigned(w: Writer, x: Node, zero: int) -> str:
             raised = w.call("Add", [w.operand(x, torch.int32, "wide"), w.constant(zero, torch.int32)], "raised")
         return w.call("Cast", [raised], "unsigned", to=onnx_type(torch.uint8))
 
-    return _once(w, ("unsigned", x), make)
+    return once(w, ("unsigned", x), make)
 
 
 def _weight(w: Writer, weight: Node, *, halved: bool) -> str:
@@ -346,12 +253,12 @@ def _weight(w: Writer, weight: Node, *, halved: bool) -> str:
         narrow = [w.call("Cast", [part], f"{('first', 'second')[i]}_bytes", to=onnx_type(torch.int8)) for i, part in enumerate(parts)]
         return w.call("Transpose", [w.call("Concat", narrow, "weight_halves", axis=1)], "weight_t", perm=[1, 0])
 
-    return _once(w, ("halves" if halved else "transposed", weight), halves if halved else whole)
+    return once(w, ("halves" if halved else "transposed", weight), halves if halved else whole)
 
 
 def _wide_product(w: Writer, node: Node, x: Node, weight: Node, part: str) -> str:
     """Operands of more than 8 bits: a product in floating point, exact below its limit."""
-    most = _inside(w, node)["accumulator"]
+    most = inside(w, node)["accumulator"]
     dtype = torch.float32 if most < SINGLE else torch.float64
     right = w.call("Transpose", [w.operand(weight, dtype, "weight")], "weight_t", perm=[1, 0])
     product = w.call("MatMul", [w.operand(x, dtype, "x"), right], "real")
@@ -364,4 +271,4 @@ def _from_integer(w: Writer, node: Node) -> Value:
     if (chain := _head_of(w, node)) is not None:
         return _in_blocks(w, *chain)
     value = w.shared.get(("real", a["x"])) or w.name_of(a["x"])
-    return _call(w, node, functions.from_integer(), [value], exponent=a["exponent"])
+    return call(w, node, functions.from_integer(), [value], exponent=a["exponent"])

@@ -8,9 +8,6 @@ else int64), so the bodies stand here and not with the ops. How they stay exact:
 - *floor(a / 2^k)* of float64 with ``|a| < 2^53``: multiplication by ``2^-k`` is exact, and so is ``floor``.
 - *floor(a / b)* of float64 with ``|a| < 2^53``, b > 0: a quotient that is no integer is at least ``1 / b`` below the next one, which is
   more than its rounding error ``|a / b| 2^-53``.
-- *round(d 2^p / r)*, many d for one r: ``floor(d rho + nu)`` with ``rho = 2^p / r`` and ``nu = 1/2 + 1/(4 r)``. Without rounding,
-  ``d 2^p / r + 1/2`` is a multiple of ``1 / (2 r)``, so nu keeps it ``1 / (4 r)`` away from any integer: more than the roundings of
-  rho, product and sum can do while ``|d| 2^p < 2^48``.
 
 No ``Min``, ``Max`` or ``Clip`` of int64: in ONNX Runtime up to 1.31 they compare wrongly on x86 beyond 2^31 (microsoft/onnxruntime#25280).
 """
@@ -20,45 +17,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
-    "DOUBLE", "FLOAT", "INT32", "INT64", "count", "decode", "fire", "from_integer", "lookup", "norm", "onnx_function", "requantize",
-    "without_comments", "word",
+    "DOUBLE", "ENDS", "FLOAT", "FLOOR_INT64", "FLOOR_REAL", "INT32", "INT64", "UINT8", "clamped", "count", "decode", "fire",
+    "from_integer", "lookup", "onnx_function",
+    "requantize", "scale", "without_comments", "word",
 ]
 
-FLOAT, INT32, INT64, DOUBLE = 1, 6, 7, 11
+FLOAT, UINT8, INT32, INT64, DOUBLE = 1, 2, 6, 7, 11
 """ONNX's numbers of dtypes."""
 
 
 def onnx_function(name: str, overload: Iterable[str], attributes: str, signature: str, body: str) -> str:
     """The text of a function of domain ``ntc``; empty words are left out of its overload."""
-    words = ".".join(filter(None, overload))
-    return f'<domain: "ntc", overload: "{words}", opset_import: ["": 20]> {name} <{attributes}> {signature} {{{body}}}'
+    words, given = ".".join(filter(None, overload)), f"<{attributes}> " if attributes else ""
+    return f'<domain: "ntc", overload: "{words}", opset_import: ["": 20]> {name} {given}{signature} {{{body}}}'
 
 
-_ROOT = """
-    one = Constant <value_int = 1> ()
-    four = Constant <value_int = 4> ()
-    guard_places = Constant <value_int: int = @guard> ()
-    four_to_guard = Pow(four, guard_places)
-    added = Constant <value_int: int = @epsilon> ()
-    variance = Add(quotient, added)
-    square = Mul(variance, four_to_guard)
-    square_real = Cast <to = 11> (square)
-    root_real = Sqrt(square_real)
-    root_near = Cast <to = 7> (root_real)
-    near_square = Mul(root_near, root_near)
-    is_above = Greater(near_square, square)
-    above = Cast <to = 7> (is_above)
-    root_below = Sub(root_near, above)
-    root_next = Add(root_below, one)
-    next_square = Mul(root_next, root_next)
-    is_reached = LessOrEqual(next_square, square)
-    reached = Cast <to = 7> (is_reached)
-    root_whole = Add(root_below, reached)
-    is_nought = Less(root_whole, one)
-    root = Where(is_nought, one, root_whole)
-"""
-
-_ENDS = """
+ENDS = """
     two = Constant <value = double {2.0}> ()
     half = Constant <value = double {0.5}> ()
     places = Constant <value_int: int = @shift> ()
@@ -68,13 +42,13 @@ _ENDS = """
     most_int = Constant <value_int: int = @high> ()
 """
 
-_FLOOR_REAL = """
+FLOOR_REAL = """
     fraction = Reciprocal(whole)
     least = Cast <to = 11> (least_int)
     most = Cast <to = 11> (most_int)
 """
 
-_FLOOR_INT64 = """
+FLOOR_INT64 = """
     whole_int = Cast <to = 7> (whole)
     two_int = Constant <value_int = 2> ()
     half_int = Div(whole_int, two_int)
@@ -91,124 +65,49 @@ _FLOOR_INT64 = """
 """
 
 
-def norm(centre: bool, real: bool, to: int, group: int = 1) -> str:
-    """``IntegerNorm``.
+_WITH_BIAS = """
+    bias_real = Cast <to = 11> (bias)
+    bias_scaled = Mul(bias_real, factor)
+    added = Add(bias_scaled, half_raised)
+"""
+
+
+def clamped(product: str, half: str, to: int) -> str:
+    """``narrow`` of a scaled value and what is added to it, the half with it; where nothing is negative, being cast rounds it down."""
+    if to == UINT8:
+        return f"""
+    zero_int = Constant <value_int: int = @zero> ()
+    zero_real = Cast <to = 11> (zero_int)
+    raised_half = Add({half}, zero_real)
+    raised = Add({product}, raised_half)
+    raised_least = Add(least, zero_real)
+    raised_most = Add(most, zero_real)
+    clamped = Clip(raised, raised_least, raised_most)
+    narrow = Cast <to = {to}> (clamped)
+    """
+    return f"""
+    halved = Add({product}, {half})
+    rounded = Floor(halved)
+    clamped = Clip(rounded, least, most)
+    narrow = Cast <to = {to}> (clamped)
+    """
+
+
+def requantize(by_position: bool, real: bool, to: int, raised: bool = False, biased: bool = False) -> str:
+    """``Requantize``; ``real`` needs products with their half below 2^53.
 
     Args:
-        centre: Whether the mean is taken off.
-        real: In float64; needs differences below 2^26, shifted ones below 2^48, and scaled values below 2^53.
-        to: Dtype of the result.
-        group: Number of neighbouring channels, a divisor of all, whose squares add up to at most 2^53: float64 does that; the rest int64.
+        by_position: One row of the multiplier for each token.
+        real: In float64.
+        to: Dtype of the result; uint8: with ``zero`` added, an attribute then.
+        raised: Values are raised by ``-low`` while they are rounded, so that being cast to int32 rounds them down: for results of int32
+            and float32 whose products, without their binary places and raised, fit into it.
+        biased: x lacks a bias, which is an input.
     """
-    kind = DOUBLE if real else INT64
-    body = f"""
-    last = Constant <value_ints = [-1]> ()
-    channels = Shape <start = -1> (x)
-    values = Cast <to = {kind}> (x)
-    """
-    if centre and real:
-        body += """
-    two_int = Constant <value_int = 2> ()
-    half_channels = Div(channels, two_int)
-    half_channels_real = Cast <to = 11> (half_channels)
-    channels_real = Cast <to = 11> (channels)
-    total = ReduceSum(values, last)
-    total_half = Add(total, half_channels_real)
-    mean_quotient = Div(total_half, channels_real)
-    mean = Floor(mean_quotient)
-    d = Sub(values, mean)
-    """
-    elif centre:
-        body += """
-    wide = Constant <value_int = 4294967296> ()
-    two_of_mean = Constant <value_int = 2> ()
-    half_channels = Div(channels, two_of_mean)
-    raise_mean = Mul(channels, wide)
-    raise_sum = Add(raise_mean, half_channels)
-    total = ReduceSum(values, last)
-    total_raised = Add(total, raise_sum)
-    mean_raised = Div(total_raised, channels)
-    mean = Sub(mean_raised, wide)
-    d = Sub(values, mean)
-    """
-    else:
-        body += "d = Identity(values)\n"
-    if real:
-        body += f"""
-    group = Constant <value_ints = [{group}]> ()
-    rows = Shape <start = 0, end = -1> (x)
-    grouped_sizes = Concat <axis = 0> (rows, last, group)
-    grouped = Reshape(d, grouped_sizes)
-    squares = ReduceSumSquare <keepdims = 0> (grouped, last)
-    squares_int = Cast <to = 7> (squares)
-    """
-    else:
-        body += "squares_int = Mul(d, d)\n"
-    body += "squares_sum = ReduceSum(squares_int, last)  quotient = Div(squares_sum, channels)\n"
-    body += _ROOT + _ENDS
-    body += """
-    sixteen = Constant <value = double {16.0}> ()
-    guard_real = Cast <to = 11> (guard_places)
-    binary_places = Add(guard_real, sixteen)
-    unit = Pow(two, binary_places)
-    """
+    body = ENDS
     if real:
         body += (
-            _FLOOR_REAL
-            + f"""
-    root_double = Cast <to = 11> (root)
-    rho = Div(unit, root_double)
-    quarter = Constant <value = double {{0.25}}> ()
-    nudge = Div(quarter, root_double)
-    nu = Add(half, nudge)
-    product = Mul(d, rho)
-    product_half = Add(product, nu)
-    n = Floor(product_half)
-    gain_real = Cast <to = 11> (gain)
-    offset_real = Cast <to = 11> (offset)
-    gain_scaled = Mul(gain_real, fraction)
-    offset_scaled = Mul(offset_real, fraction)
-    offset_half = Add(offset_scaled, half)
-    gained = Mul(n, gain_scaled)
-    scaled = Add(gained, offset_half)
-    rounded = Floor(scaled)
-    clamped = Clip(rounded, least, most)
-    y = Cast <to = {to}> (clamped)
-    """
-        )
-    else:
-        body += (
-            """
-    unit_int = Cast <to = 7> (unit)
-    # Negative numerators are raised by 2^31 roots: |n| is less than 2^31.
-    raise_n = Constant <value_int = 2147483648> ()
-    two_of_root = Constant <value_int = 2> ()
-    raised_roots = Mul(root, raise_n)
-    half_root = Div(root, two_of_root)
-    raise_d = Add(raised_roots, half_root)
-    d_shifted = Mul(d, unit_int)
-    d_raised = Add(d_shifted, raise_d)
-    n_raised = Div(d_raised, root)
-    n = Sub(n_raised, raise_n)
-    gain_int = Cast <to = 7> (gain)
-    offset_int = Cast <to = 7> (offset)
-    gained = Mul(n, gain_int)
-    scaled = Add(gained, offset_int)
-    """
-            + _FLOOR_INT64
-            + f"    y = Cast <to = {to}> (clamped)\n"
-        )
-    attributes = "epsilon, guard, shift, low, high"
-    words = ("centre" if centre else "", "float64" if real else "int64", f"group{group}" if real else "", word(to))
-    return onnx_function("IntegerNorm", words, attributes, "(x, gain, offset) => (y)", without_comments(body))
-
-
-def requantize(by_position: bool, real: bool, to: int) -> str:
-    """``Requantize``; ``real`` needs products with their half below 2^53."""
-    body = _ENDS
-    if real:
-        body += (
-            _FLOOR_REAL
+            FLOOR_REAL
             + """
     multiplier_real = Cast <to = 11> (multiplier)
     table = Mul(multiplier_real, fraction)
@@ -230,14 +129,26 @@ def requantize(by_position: bool, real: bool, to: int) -> str:
     """
     else:
         body += "factor = Identity(table)\n"
-    if real:
-        body += "scaled = Mul(values, factor)  scaled_half = Add(scaled, half)  rounded = Floor(scaled_half)\n"
-        body += "clamped = Clip(rounded, least, most)\n"
+    body += "scaled = Mul(values, factor)\n"
+    if not real:
+        body += FLOOR_INT64 + f"y = Cast <to = {to}> (clamped)\n"
+    elif raised:
+        body += "half_raised = Sub(half, least)\n"
+        body += _WITH_BIAS if biased else "added = Identity(half_raised)\n"
+        body += f"""
+    high = Add(scaled, added)
+    whole_high = Cast <to = 6> (high)
+    {"kind_high = Identity(whole_high)" if to == INT32 else f"kind_high = Cast <to = {to}> (whole_high)"}
+    bottom = Cast <to = {to}> (least)
+    top = Cast <to = {to}> (most)
+    back = Add(kind_high, bottom)
+    y = Clip(back, bottom, top)
+    """
     else:
-        body += "scaled = Mul(values, factor)\n" + _FLOOR_INT64
-    body += f"y = Cast <to = {to}> (clamped)\n"
-    words = ("position" if by_position else "", "float64" if real else "int64", word(to))
-    return onnx_function("Requantize", words, "shift, low, high", "(x, multiplier) => (y)", body)
+        body += clamped("scaled", "half", to) + "y = Identity(narrow)\n"
+    words = ("position" if by_position else "", "float64" if real else "int64", word(to), "raised" * raised, "biased" * biased)
+    attributes = "shift, low, high" + (", zero" if to == UINT8 else "")
+    return onnx_function("Requantize", words, attributes, f"(x, multiplier{', bias' if biased else ''}) => (y)", body)
 
 
 def lookup() -> str:
@@ -276,30 +187,47 @@ def fire(steps: int, signed: bool, timed: bool) -> str:
     return onnx_function("IntegerFire", words, "steps, signed, timed, comparison, reset", "(current, threshold, start) => (spikes)", body)
 
 
-def count(steps: int, signed: bool) -> str:
+def scale(factor: str) -> str:
+    """``scaled``, the current times ``factor``, as what ONNX Runtime makes one op with the product of the layer (MatMulIntegerToFloat).
+
+    It does so where the product of a layer, cast, meets the product of two scales, and finds that only if the latter is not a constant:
+    so ``unity``, which is 1, comes from the length of the text.
+    """
+    return f"""
+    scales = Mul(unity, {factor})
+    x = Cast <to = 1> (current)
+    scaled = Mul(x, scales)
+    """
+
+
+def count(steps: int, signed: bool, biased: bool, to: int) -> str:
     """``IntegerFire`` of a constant current where only the counts are read: ``floor((start + T x) / theta)`` in float32, clipped.
 
-    ``floor(x f + a)`` with ``f = T / theta`` and ``a = (start + 1/2) / theta``, which is monotone in x like the count itself: the writer
-    compares the two on both sides of each step of the staircase, for each channel, and takes this variant where they agree.
+    ``floor(x f + a)`` with ``f = T / theta`` and ``a = (start + T b + 1/2) / theta``, b the bias that x lacks if ``biased``. This is
+    monotone in x like the count itself: the writer compares the two on both sides of each step of the staircase, for each channel, and
+    takes this variant where they agree. What is not negative is rounded down by being cast.
     """
     low = -float(steps) if signed else 0.0
-    return onnx_function("IntegerFire", ("signed" if signed else "", "count"), "steps, signed, timed, comparison, reset",
-        "(current, threshold, start) => (counts)", f"""
+    return onnx_function("IntegerFire", ("signed" if signed else "", "count", "biased" if biased else "", word(to)),
+        "steps, signed, timed, comparison, reset", f"(current, threshold, start{', bias' if biased else ''}, unity) => (counts)", f"""
     steps_int = Constant <value_int: int = @steps> ()
     steps_real = Cast <to = 1> (steps_int)
     half = Constant <value = float {{0.5}}> ()
     least = Constant <value = float {{{low}}}> ()
     theta = Cast <to = 1> (threshold)
-    factor = Div(steps_real, theta)
+    theta_twice = Add(theta, theta)
+    steps_twice = Add(steps_real, steps_real)
+    factor = Div(steps_twice, theta_twice)
+    {scale("factor")}
     start_real = Cast <to = 1> (start)
     start_half = Add(start_real, half)
-    offset = Div(start_half, theta)
-    x = Cast <to = 1> (current)
-    scaled = Mul(x, factor)
+    {"bias_real = Cast <to = 1> (bias)  bias_sum = Mul(bias_real, steps_real)  raised = Add(start_half, bias_sum)" if biased
+     else "raised = Identity(start_half)"}
+    offset = Div(raised, theta)
     level = Add(scaled, offset)
     {"whole = Floor(level)" if signed else "whole = Identity(level)"}
     clipped = Clip(whole, least, steps_real)
-    counts = Cast <to = 6> (clipped)
+    counts = Cast <to = {to}> (clipped)
     """)  # fmt: skip
 
 
@@ -327,7 +255,7 @@ def from_integer() -> str:
 
 def word(dtype: int) -> str:
     """Name of a dtype."""
-    return {1: "float32", 3: "int8", 5: "int16", 6: "int32", 7: "int64", 11: "float64"}[dtype]
+    return {1: "float32", 2: "uint8", 3: "int8", 5: "int16", 6: "int32", 7: "int64", 11: "float64"}[dtype]
 
 
 def without_comments(text: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.errors import BackendError, DisagreementError
+from ntc_backends.onnx_integer_trains import pack, unpack
 from ntc_backends.onnx_writer import onnx_type
 
 __all__ = ["Exposed", "Step", "session"]
@@ -59,6 +60,14 @@ class Step(NamedTuple):
     state: dict[str, Tensor]
 
 
+class _Form(NamedTuple):
+    """How a model holds what a population fires: the third one says how a train is packed, if it is (``onnx_integer_trains``)."""
+
+    dtype: torch.dtype
+    shape: list[int | str]
+    packing: tuple[int, int, int] | None
+
+
 class Exposed:
     """A model file whose populations are seen.
 
@@ -94,28 +103,35 @@ class Exposed:
         self.counts: set[str] = set()
         self._values: dict[str, str] = {}
         self._outputs: dict[str, str] = {}
-        self._dtypes = {name: torch.int32 if self._is_count(nodes, name) else n.meta["val"].dtype for name, n in populations.items()}
-        for name, node in populations.items():
+        self._forms = {name: self._form_of(nodes, name, n) for name, n in populations.items()}
+        for name in populations:
             value = nodes[name].output[0]
             self._values[name], self._outputs[name] = value, f"{value}.own" if cut else value
-            steps = [] if name in self.counts else [int(node.meta["val"].shape[0])]
-            shape = [*steps, "batch", "sequence", int(node.meta["val"].shape[-1])]
+            dtype, shape, _ = self._forms[name]
             if cut:
-                model.graph.input.append(helper.make_tensor_value_info(value, onnx_type(self._dtypes[name]), shape))
+                model.graph.input.append(helper.make_tensor_value_info(value, onnx_type(dtype), shape))
                 nodes[name].output[0] = self._outputs[name]
-            model.graph.output.append(helper.make_tensor_value_info(self._outputs[name], onnx_type(self._dtypes[name]), shape))
+            model.graph.output.append(helper.make_tensor_value_info(self._outputs[name], onnx_type(dtype), shape))
         known = set(self._values.values())
         kept = [i for i in model.graph.value_info if i.name not in known]
         del model.graph.value_info[:]
         model.graph.value_info.extend(kept)
         self._session = session(model.SerializeToString(), path.parent)
 
-    def _is_count(self, nodes: Mapping[str, onnx.NodeProto], name: str) -> bool:
+    def _form_of(self, nodes: Mapping[str, onnx.NodeProto], name: str, node: Node) -> _Form:
         if name not in nodes:
             raise DisagreementError(f"the model has no node {name}")
-        if "count" in nodes[name].overload.split("."):
+        words, train = nodes[name].overload.split("."), node.meta["val"]
+        steps, channels = int(train.shape[0]), int(train.shape[-1])
+        if "count" in words:
             self.counts.add(name)
-        return name in self.counts
+            return _Form(torch.uint8 if "uint8" in words else torch.int32, ["batch", "sequence", channels], None)
+        if "packed" not in words:
+            return _Form(train.dtype, [steps, "batch", "sequence", channels], None)
+        given = {a.name: helper.get_attribute_value(a) for a in nodes[name].attribute}
+        (kv_heads,), (groups,), (period,) = (given[k] for k in ("kv_heads", "groups", "period"))
+        shape = [f"{name}.periods", "batch", kv_heads, steps, groups, period, channels // (kv_heads * groups)]
+        return _Form(torch.float32, shape, (kv_heads, groups, period))
 
     def run(self, ids: Tensor, trains: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and what each population fires; see ``step``."""
@@ -135,12 +151,18 @@ class Exposed:
         """
         feeds = {"input_ids": ids.to(torch.int64).numpy(), **{name: value.numpy() for name, value in state.items()}}
         for name, train in (trains or {}).items():
-            value = train.sum(0, dtype=torch.int32) if name in self.counts else train.to(self._dtypes[name])
-            feeds[self._values[name]] = value.numpy()
+            dtype, _, packing = self._forms[name]
+            value = train.sum(0, dtype=torch.int32) if name in self.counts else pack(train, *packing) if packing else train
+            feeds[self._values[name]] = value.to(dtype).numpy()
         names = ["logits", *self._outputs.values(), *(f"{name}_next" for name in self.state)]
         try:
             logits, *found = map(torch.from_numpy, self._session.run(names, feeds))
         except Exception as error:  # onnxruntime's own kinds
             raise BackendError(f"ONNX Runtime cannot run the model: {error}") from error
-        fired, after = found[: len(self._outputs)], found[len(self._outputs) :]
-        return Step(logits, dict(zip(self._outputs, fired, strict=True)), dict(zip(self.state, after, strict=True)))
+        fired, after = dict(zip(self._outputs, found, strict=False)), found[len(self._outputs) :]
+        for name, (dtype, _, packing) in self._forms.items():
+            if packing:
+                fired[name] = unpack(fired[name], ids.shape[1]).to(torch.int8)
+            elif dtype == torch.uint8:
+                fired[name] = fired[name].to(torch.int32)
+        return Step(logits, fired, dict(zip(self.state, after, strict=True)))

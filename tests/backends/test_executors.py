@@ -209,6 +209,11 @@ def edit_onnx(folder: Path, kind: str) -> None:
             elif kind == "reset" and node.op_type == "Sub" and node.input[0].startswith("u") and node.output[0].startswith("v"):
                 node.op_type, done = "Identity", done + 1  # the membrane keeps what it has fired
                 del node.input[1:]
+            elif kind == "comparison" and node.op_type == "Add" and node.output[0] == "start_half":
+                node.op_type, done = "Sub", done + 1  # of a train in closed form: (start - 1/2) / theta is what u > theta is said with
+            elif kind == "reset" and node.op_type == "Sub" and node.input[0].startswith("c_") and node.output[0].startswith("s_"):
+                node.op_type, done = "Identity", done + 1
+                del node.input[1:]
     assert done
     path.write_bytes(model.SerializeToString())
 

@@ -12,9 +12,12 @@ from integer_programs import CHANNELS, CONTEXT, STEPS, VOCABULARY, Builder, bloc
 
 from ntc.errors import BackendError
 from ntc.program import interpret
+from ntc.recording import populations
 from ntc_backends.onnx_aten import by_torch
 from ntc_backends.onnx_export import OnnxBackend, build
 from ntc_backends.onnx_integer import SINGLE, WHOLE
+from ntc_backends.onnx_integer_trains import follows, pack, unpack
+from ntc_backends.onnx_run import Exposed
 from ntc_backends.onnx_writer import Writer, save
 
 ONE = torch.ones(1, dtype=torch.int32)
@@ -64,9 +67,13 @@ def test_a_whole_block_is_the_same(options, tmp_path):
     for length in (1, 3, 4, CONTEXT):
         ids = torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(length))
         chosen = check(program, tmp_path, ids)
-    words = "signed." if options.get("signed", True) else ""
-    assert f"IntegerFire.{words}count" in chosen  # of the feed-forward layer, where only counts are read
-    assert f"IntegerFire.{words}steps{STEPS}" in chosen
+    signed = options.get("signed", True)
+    words = "signed." if signed else ""
+    # Of the feed-forward layer, where only counts are read: 8-bit products take what is not negative as it is.
+    assert f"IntegerFire.{words}count.biased.{'int32' if signed else 'uint8'}" in chosen
+    packed = options.get("leak", True)
+    assert f"IntegerFire.{words}{'packed.biased.' if packed else ''}steps{STEPS}" in chosen
+    assert any(c.startswith("IntegerAttention.renewal.packed") for c in chosen) == packed
 
 
 def test_the_back_end_writes_checks_and_says_so(tmp_path):
@@ -77,7 +84,8 @@ def test_the_back_end_writes_checks_and_says_so(tmp_path):
     neurons = {n.name: n for n in model.graph.node if n.op_type == "IntegerFire"}
     assert sorted(neurons) == ["ffn", "k", "q", "ssa", "v"]
     facts = {a.name: onnx.helper.get_attribute_value(a) for a in neurons["q"].attribute}
-    assert facts == {"steps": STEPS, "signed": 1, "timed": 0, "comparison": b">=", "reset": b"soft"}
+    lie = {"kv_heads": [2], "groups": [1], "period": [4], "channels": [CHANNELS]}
+    assert facts == {"steps": STEPS, "signed": 1, "timed": 0, "comparison": b">=", "reset": b"soft", **lie}
 
 
 def test_a_file_that_differs_in_one_logit_is_refused(tmp_path, monkeypatch):
@@ -109,7 +117,7 @@ def test_norms(tmp_path_factory, seed, bits, guard, epsilon, centre, limit):
     check(one_op(make, table), tmp_path_factory.mktemp("norm"), ids)
 
 
-@pytest.mark.parametrize(("bits", "word"), [(12, "float64.group8"), (23, "float64.group8"), (24, "float64.group8"), (28, "int64")])
+@pytest.mark.parametrize(("bits", "word"), [(12, "float64.group8"), (23, "float64.group8"), (25, "float64.group8"), (26, "float64.group2"), (28, "int64")])
 def test_norms_take_the_widest_arithmetic_only_where_they_need_it(bits, word, tmp_path):
     table = integers(-(2**bits), 2**bits, VOCABULARY, CHANNELS)
     program = one_op(lambda b, x: b.call(ntc.integer_norm.default, x, ONE * 9999, ONE, 1, 0, 20, -127, 127, True), table)
@@ -134,6 +142,16 @@ def test_rescaling_in_int64_only_beyond_2_to_53(bits, word, tmp_path):
     table = integers(-(2**bits) + 1, 2**bits - 1, VOCABULARY, CHANNELS)
     program = one_op(lambda b, x: b.call(ntc.requantize.default, x, ONE * (2**30 - 1), 30, -(2**31), 2**31 - 1, name="x"), table)
     assert f"Requantize.{word}.int32" in check(program, tmp_path)
+
+
+@pytest.mark.parametrize("period", [0, 4])
+@pytest.mark.parametrize(("limit", "word"), [(2**20, ".raised"), (2**23, ".raised"), (2**31 - 1, "")])
+def test_results_that_are_cast_to_be_rounded_down(limit, word, period, tmp_path):
+    """Of both signs, far beyond both ends, and half way."""
+    table = torch.cat([integers(-(2**25), 2**25, 9, CHANNELS), torch.arange(-16, 16).reshape(4, CHANNELS).to(torch.int32)])
+    shape = (4, CHANNELS) if period else (CHANNELS,)
+    program = one_op(lambda b, x: b.call(ntc.requantize.default, x, integers(1, 100, *shape) * 4, 4, -limit, limit, name="x"), table)
+    assert f"Requantize.{'position.' if period else ''}float64.int32{word}" in check(program, tmp_path, torch.arange(VOCABULARY)[None])
 
 
 @pytest.mark.parametrize(("x", "multiplier", "result", "word"), [
@@ -171,7 +189,7 @@ def test_counts_on_both_sides_of_every_step(signed, steps, theta, tmp_path):
         return b.call(ntc.decode.default, b.call(ntc.integer_fire.default, x, thresholds, start, steps, signed, False), "count")
 
     chosen = check(one_op(make, table), tmp_path, torch.arange(len(table))[None])
-    counted = any(c.startswith("IntegerFire") and c.endswith("count") for c in chosen)
+    counted = any(c.startswith("IntegerFire") and "count" in c for c in chosen)
     assert counted or theta >= 2**23 - 1
     assert not counted or theta < 2**29
 
@@ -213,8 +231,8 @@ def test_one_activation_is_made_unsigned_once_for_all_its_readers():
     weight = integers(-127, 127, CHANNELS, CHANNELS, dtype=torch.int8)
     y = b.call(torch.ops.aten.add.Tensor, *(b.call(ntc.integer_linear.default, x, weight, None) for _ in range(2)))
     model, _ = build(b.program(b.call(ntc.from_integer.default, y, 0)))
-    ops = [n.op_type for n in model.graph.node]
-    assert (ops.count("Cast"), ops.count("MatMulInteger")) == (2, 2)
+    ops = [f"{n.op_type}.{n.overload}" for n in model.graph.node]
+    assert [ops.count(n) for n in ("Requantize.float64.uint8", "MatMulInteger.", "Cast.", "Add.")] == [1, 2, 0, 1]
 
 
 @settings(max_examples=20)
@@ -241,6 +259,57 @@ def test_attention(tmp_path_factory, seed, period, bits, heads, shift, decoded, 
     ids = torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(seed))
     chosen = check(program, tmp_path_factory.mktemp("attention"), ids)
     assert decoded == any(c.startswith("IntegerAttention") and "decoded" in c for c in chosen)
+
+
+def test_trains_are_those_of_the_neuron_for_every_current():
+    """``follows`` against the kernel, currents one by one: where it says yes the float32 of the file is the neuron."""
+    said = []
+    for theta, start, bias, signed in ((1, 0, 0, True), (7, 3, -9, True), (12, 6, 100, False), (13, 7, 5, False), (13, 13, 0, False), (96, 48, 10**6, True)):
+        of = torch.tensor([theta]), torch.tensor([start]), torch.tensor([bias])
+        product = torch.arange(-2 * theta - bias, 2 * theta - bias + 1)[None, :, None].to(torch.int32)
+        train = ntc.integer_fire(product + bias, *(x.to(torch.int32) for x in of[:2]), 5, signed, False)
+        number = (product.float() * (1 / of[0].float()) + of[2].float() / of[0].float()).clamp(-1.0 if signed else 0.0, 1.0)
+        counts = [((start + 0.5) / torch.tensor(float(theta)) - 0.5 + number)]
+        for _ in range(4):
+            counts.append(counts[-1] + number)
+        same = torch.equal(torch.stack([c.round() for c in counts]), train.cumsum(0).float())
+        said.append(follows(*of, 5, signed))
+        assert same or not said[-1]
+    assert said == [True, True, True, True, False, True]  # a neuron that starts at its threshold would fire once too often
+    far = torch.tensor([2**29])
+    assert not follows(far, far // 2, None, 4, False)  # float32 cannot tell its levels apart
+
+
+@pytest.mark.parametrize(("groups", "length"), [(1, 8), (2, 5), (3, 1)])
+def test_trains_are_packed_and_unpacked(groups, length):
+    train = integers(-1, 1, 3, 2, length, 2 * groups * 5, dtype=torch.int8)
+    packed = pack(train, 2, groups, 4)
+    assert packed.shape == (-(-length // 4), 2, 2, 3, groups, 4, 5) and packed.dtype == torch.float32
+    assert torch.equal(unpack(packed, length), train.float())
+    assert float(packed[0, 1, 1, 2, groups - 1, 0, 3]) == int(train[2, 1, 0, (2 * groups - 1) * 5 + 3])
+
+
+@pytest.mark.parametrize(("bits", "shift", "packed"), [(12, 8, True), (23, 8, False), (6, 14, True), (12, 20, False)])
+def test_attention_is_packed_where_counts_and_renewals_stay_below_2_to_24(bits, shift, packed, tmp_path):
+    """Every spike meets every other, so that the largest numbers are reached; lengths that do not fill a period."""
+    growth, renewal = torch.full((1, 4), 2**bits // 4, dtype=torch.int32), torch.tensor([int(0.7 * 2**shift)], dtype=torch.int32)
+    b = Builder(torch.full((VOCABULARY, CHANNELS), 999, dtype=torch.int32))
+    q, k, v = (b.call(ntc.integer_fire.default, b.embedded, ONE * 999, ONE * 9, 2, False, False, name=name) for name in "qkv")
+    y = b.call(ntc.integer_attention.default, q, k, v, 2, 2, growth, renewal, shift, name="attention")
+    y = b.call(ntc.requantize.default, b.call(ntc.decode.default, y, "count"), ONE, 8, -(2**20), 2**20)
+    program = b.program(b.call(ntc.from_integer.default, y, 0))
+    chosen = check(program, tmp_path, torch.zeros(2, 23, dtype=torch.int64))
+    assert ("IntegerAttention.renewal.packed.decoded.float32" in chosen) == packed
+    save(*build(program), tmp_path, 1 << 40)
+    ids = torch.zeros(2, 7, dtype=torch.int64)
+    for cut in (False, True):
+        model = Exposed(tmp_path / "model.onnx", populations(program), cut=cut)
+        trains = {name: integers(0, 1, 2, 2, 7, CHANNELS, seed=i, dtype=torch.int8) for i, name in enumerate("qkv")}
+        logits, fired = model.run(ids, trains if cut else None)
+        given = trains if cut else fired
+        again = ntc.integer_attention(*given.values(), 2, 2, growth, renewal, shift).sum(0, dtype=torch.int32)
+        assert torch.equal(logits, ntc.requantize(again, ONE, 8, -(2**20), 2**20).float())
+        assert all(f.dtype == torch.int8 and bool((f == 1).all()) for f in fired.values())
 
 
 @pytest.mark.parametrize("biased", [False, True])
