@@ -11,39 +11,21 @@ may pass ``2^53`` through int64) and comes back.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.fx import Node
 
-from ntc.ops.interval import Bound
-from ntc.widths import bounds
 from ntc_backends.onnx_integer_functions import DOUBLE, FLOAT, INT64, onnx_function, without_comments, word
+from ntc_backends.onnx_integer_widths import SINGLE, WHOLE, inside, interval
 from ntc_backends.onnx_writer import Value, Writer, bound, functions_in, handles, onnx_type
 
 __all__ = ["attention_stream", "requantize_stream"]
 
 ntc = torch.ops.ntc
 
-_EXACT = {FLOAT: 1 << 24, DOUBLE: 1 << 53}
-"""Integers below are exact."""
-
-_PROVEN: WeakKeyDictionary[Writer, dict[Node, Bound]] = WeakKeyDictionary()
-
-
-def _held(w: Writer, node: Node) -> dict[str, int]:
-    """Largest magnitude of what an op holds, by name."""
-    return {i.what: max(-i.low, i.high) for i in _proven(w)[node].inside}
-
-
-def _proven(w: Writer) -> dict[Node, Bound]:
-    if w not in _PROVEN:
-        _PROVEN[w] = bounds(w.program)
-    return _PROVEN[w]
-
 
 def _exact_in(most: int) -> int:
-    return FLOAT if most < _EXACT[FLOAT] else DOUBLE
+    return FLOAT if most < SINGLE else DOUBLE
 
 
 def _call(w: Writer, text: str, inputs: list[str], outputs: int, **attributes: Any) -> list[str]:
@@ -60,7 +42,7 @@ def _call(w: Writer, text: str, inputs: list[str], outputs: int, **attributes: A
 def _requantize(w: Writer, node: Node) -> Value:
     a = bound(node)
     by_position = a["multiplier"].meta["val"].dim() == 2
-    kind = DOUBLE if _held(w, node)["product"] < _EXACT[DOUBLE] else INT64
+    kind = DOUBLE if inside(w, node)["product"] < WHOLE else INT64
     text = requantize_stream(by_position, kind, onnx_type(node.meta["val"].dtype))
     (name,) = _call(w, text, [w.name_of(a[k]) for k in ("x", "multiplier", "start")], 1, **{k: a[k] for k in ("shift", "low", "high")})
     return name
@@ -145,9 +127,9 @@ def _rounded(kind: int, product: str, result: str) -> str:
 
 @handles(ntc.integer_attention_stream.default)
 def _attention(w: Writer, node: Node) -> Value:
-    a, held = bound(node), _held(w, node)
+    a, held = bound(node), inside(w, node)
     renewed = a["renewal"] is not None
-    query, key, value = (_proven(w)[a[k]].result.magnitude for k in ("query", "key", "value"))
+    query, key, value = (interval(w, a[k]).magnitude for k in ("query", "key", "value"))
     rows = a["key"].meta["val"].shape[-1] // a["kv_heads"]
     met, cross = query * key * rows, held["count"]
     if renewed:  # a chunk is within one period
@@ -155,7 +137,7 @@ def _attention(w: Writer, node: Node) -> Value:
         inner = query * rows * written
     else:
         written, inner = held["memory"], cross
-    renewal = DOUBLE if held.get("memory times renewal", 0) < _EXACT[DOUBLE] else INT64
+    renewal = DOUBLE if held.get("memory times renewal", 0) < WHOLE else INT64
     text = attention_stream(renewed, _exact_in(met), _exact_in(inner), _exact_in(written), _exact_in(cross), renewal)
     names = ["query", "key", "value", "state", "growth", *(("renewal", "position") if renewed else ())]
     return _call(w, text, [w.name_of(a[k]) for k in names], 2, heads=a["heads"], kv_heads=a["kv_heads"], shift=a["shift"])
