@@ -32,10 +32,12 @@ from ntc.ops.spec import spec_of as spec_of
 from ntc.ops.spec import timed as timed
 from ntc.ops.spiking_attention import spiking_attention as spiking_attention
 from ntc.ops.spiking_attention import spiking_attention_stream as spiking_attention_stream
+from ntc.ops.windowed_attention import SOFTMAX_ATTENTION as SOFTMAX_ATTENTION
+from ntc.ops.windowed_attention import windowed_attention as windowed_attention
 
 __all__ = [
-    "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "TypeMismatch", "aten", "attention", "decode",
-    "from_integer", "if_rate", "integer_attention", "integer_attention_stream", "integer_fire", "integer_linear", "integer_lookup",
-    "integer_norm", "integrate_fire", "leaky_integrate_fire", "position_scale", "register", "requantize", "rms_scale",
-    "row_sum_scale", "spec_of", "spiking_attention", "spiking_attention_stream", "timed",
+    "SOFTMAX_ATTENTION", "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "TypeMismatch", "aten", "attention",
+    "decode", "from_integer", "if_rate", "integer_attention", "integer_attention_stream", "integer_fire", "integer_linear",
+    "integer_lookup", "integer_norm", "integrate_fire", "leaky_integrate_fire", "position_scale", "register", "requantize",
+    "rms_scale", "row_sum_scale", "spec_of", "spiking_attention", "spiking_attention_stream", "timed", "windowed_attention",
 ]  # fmt: skip

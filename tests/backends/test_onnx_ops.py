@@ -114,6 +114,16 @@ def test_attention_agrees_to_rounding(kv_heads: int) -> None:
         torch.testing.assert_close(got, ops.attention(q, k, v, 4, kv_heads, 0.3), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (1, 0.0), (3, 0.0), (99, 0.0), (0, 0.6), (3, 0.6)])
+def test_windowed_attention_agrees_to_rounding(window: int, softcap: float) -> None:
+    for length in (1, 7):
+        q, k, v = (torch.randn(2, length, 5 * n) for n in (4, 2, 2))
+        got = run_op(
+            torch.ops.ntc.windowed_attention.default, [q, k, v], 3, heads=4, kv_heads=2, scale=0.3, window=window, softcap=softcap
+        )
+        torch.testing.assert_close(got, ops.windowed_attention(q, k, v, 4, 2, 0.3, window, softcap), rtol=0, atol=2e-6)
+
+
 def test_every_op_of_a_finished_program_has_a_function() -> None:
     without = {str(s.target) for s in ops.SPECS.values() if s.onnx is None and s.target not in HANDLERS}
     assert not {target for target in without if target.startswith("ntc.")}
