@@ -26,7 +26,7 @@ from ntc.errors import CaptureError, NtcError
 from ntc.frontend import capture, load_model
 from ntc.meta import ORIGIN, TYPE, block_of, module_of, source_of
 from ntc.observe import count_by_shape
-from ntc.ops import spec_of, timed
+from ntc.ops import SOFTMAX_ATTENTION, spec_of, timed
 from ntc.pipeline import LEFT_ANALOG, Context, Pass, run_pipeline
 from ntc.program import Program, op_name
 from ntc.recipe import Recipe, Settings
@@ -44,6 +44,7 @@ _WINDOW = 64
 _WINDOWS = 4
 
 _DENSE = ("projection", "attention")
+_ATTENTION = frozenset(op_name(target) for target in SOFTMAX_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _misses_of(step: Pass, program: Program, context: Context) -> tuple[tuple[st
 
 def _settled(run: _Run, nodes: tuple[NodeCheck, ...]) -> tuple[Finding, ...]:
     """The findings, where attention that canonicalize did not recognize counts as required if other attention was converted."""
-    converts = any(n.op == "ntc.attention" and n.becomes == "spiking" for n in nodes)
+    converts = any(n.op in _ATTENTION and n.becomes == "spiking" for n in nodes)
     return tuple(
         Finding(**{**asdict(f), "required": True}) if f.stage == "canonicalize" and converts else f for f in run.findings
     )

@@ -23,7 +23,7 @@ from torch.fx import Node
 from ntc.errors import ConfigError
 from ntc.meta import block_of
 from ntc.observe import Activity, NodeCounts, count_by_shape, observe
-from ntc.ops import Counts, aten, spec_of
+from ntc.ops import SOFTMAX_ATTENTION, Counts, aten, spec_of
 from ntc.program import Program, check_ids, op_name
 from ntc.text import Tokens
 
@@ -260,7 +260,7 @@ def measure_energy(
     )
 
 
-_WHOLE = (torch.ops.ntc.attention.default, torch.ops.ntc.spiking_attention.default, torch.ops.ntc.integer_attention.default)
+_WHOLE = (*SOFTMAX_ATTENTION, torch.ops.ntc.spiking_attention.default, torch.ops.ntc.integer_attention.default)
 _STREAMS = (
     torch.ops.ntc.attention_stream.default, torch.ops.ntc.spiking_attention_stream.default,
     torch.ops.ntc.integer_attention_stream.default,

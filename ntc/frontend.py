@@ -1,8 +1,9 @@
 """Capture: a Hugging Face model, a folder, a hub id or any ``nn.Module`` becomes a ``Program``.
 
 ``torch.export`` (non-strict) is the way in; its graph is the pass IR. Hugging Face models are exported with an attention
-function of ours, so that every decoder architecture shows its attention as one ``ntc::attention`` node and no mask
-arithmetic. Other modules are exported as they are; the ``canonicalize`` pass brings both to one dialect.
+function of ours (``ntc.attention_hook``), so that every decoder architecture shows its attention as one ``ntc::attention`` or
+``ntc::windowed_attention`` and no mask arithmetic. Other modules are exported as they are; the ``canonicalize`` pass brings
+both to one dialect.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 import ntc.ops
+from ntc.attention_hook import our_attention
 from ntc.errors import CaptureError, NtcError
-from ntc.meta import stamp_captured
+from ntc.meta import stamp_captured, where
 from ntc.program import ModelInfo, PassRecord, Program
 
 if TYPE_CHECKING:
@@ -34,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 # Largest |difference| of logits between the model and its capture, both in fp32.
 CAPTURE_TOLERANCE = 1e-4
-
-_ATTENTION = "ntc"
 
 
 def capture(model: nn.Module | str | Path, example: Tensor | Sequence[Tensor] | None = None) -> Program:
@@ -84,7 +84,7 @@ def _capture_hugging_face(model: PreTrainedModel, source: str, example: Tensor |
         length = max(2, min(12, int(getattr(config, "max_position_embeddings", 12) or 12)))
         generator = torch.Generator().manual_seed(0)
         example = torch.randint(0, config.vocab_size, (2, length), generator=generator)
-    with _our_attention(model):
+    with our_attention(model):
         return _capture(model, source, example, config=config.to_dict(), reference=_own_attention_logits)
 
 
@@ -97,42 +97,6 @@ def _own_attention_logits(model: nn.Module, example: Tensor) -> Tensor:
         return _logits_of(model(input_ids=example, use_cache=False))
     finally:
         pretrained.set_attn_implementation(ours)
-
-
-def _attention_node(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls while we export: heads ``[B, H, L, D]`` in, ``[B, L, H, D]`` out."""
-    if getattr(module, "is_causal", True) is False:
-        raise CaptureError(f"{type(module).__name__} attends to later tokens: ntc compiles causal language models, not encoders")
-    for feature in ("sliding_window", "softcap", "s_aux"):
-        if kwargs.get(feature) is not None:
-            raise CaptureError(f"{type(module).__name__} uses {feature}, which ntc does not capture yet")
-
-    def merged(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(2)
-
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    y = torch.ops.ntc.attention(merged(query), merged(key), merged(value), query.shape[1], key.shape[1], float(scale))
-    return y.unflatten(-1, (query.shape[1], -1)), None
-
-
-@contextmanager
-def _our_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Switch a model to our attention function, and back."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(_ATTENTION, _attention_node)
-    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(_ATTENTION)
-    except Exception as error:
-        raise CaptureError(f"{type(model).__name__} does not let its attention be replaced: {error}") from error
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before or "eager")
 
 
 class _Logits(nn.Module):
@@ -191,7 +155,16 @@ def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, 
     lifted = exported.module(check_guards=False)
     assert isinstance(lifted, GraphModule)
     program = Program(_plain(lifted, "model."), _info(module, source, expected, config, limit), example, frozenset({"captured"}))
-    program.refresh()
+    for node in program.graph.nodes:
+        node.meta.pop("val", None)  # of the export: what has none below is where shapes stop
+    try:
+        program.refresh()
+    except NtcError:
+        raise
+    except Exception as error:  # an op without a rule for shapes that depend on batch or length
+        stopped = next((n for n in program.graph.nodes if n.op == "call_function" and "val" not in n.meta), None)
+        at = f" at {where(stopped)}" if stopped is not None else ""
+        raise CaptureError(f"torch knows no shapes of {source} for any batch and length{at}: {_first_line(error)}") from error
     _check_dynamic(program, source)
     with torch.no_grad():
         drift = float((program.module(example) - expected).abs().max())

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ntc.errors import PassError
 from ntc.meta import STATS
-from ntc.ops import aten
+from ntc.ops import SOFTMAX_ATTENTION, aten
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program, check_ids, interpret
 
@@ -86,7 +86,7 @@ class Calibrate(Pass):
 def _sites(program: Program) -> list[Node]:
     found: dict[Node, None] = {}
     for node in program.graph.nodes:
-        if node.target is torch.ops.ntc.attention.default:
+        if node.target in SOFTMAX_ATTENTION:
             found.update(dict.fromkeys(a for a in node.args[:3] if isinstance(a, Node)))
         elif node.target in (aten.gelu.default, aten.relu.default) and isinstance(node.args[0], Node):
             found[node.args[0]] = None

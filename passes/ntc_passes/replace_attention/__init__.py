@@ -30,7 +30,7 @@ from torch.fx import Node
 
 from ntc.errors import PassError
 from ntc.meta import NEURON, STATS, block_of, building, module_of
-from ntc.ops import aten
+from ntc.ops import SOFTMAX_ATTENTION, aten
 from ntc.pipeline import LEFT_ANALOG, Context, Pass, PassResult
 from ntc.program import Program
 from ntc_passes.replace_attention.fit import Gain, fit_gains
@@ -56,7 +56,7 @@ class ReplaceAttention(Pass):
         calibration = context.calibration
         if calibration is None:
             raise PassError("replace-attention fits its gains on calibration text: give the same as to calibrate")
-        nodes = [n for n in program.graph.nodes if n.target is torch.ops.ntc.attention.default]
+        nodes = [n for n in program.graph.nodes if n.target in SOFTMAX_ATTENTION]
         if not nodes:
             return PassResult(False, missed=_near_misses(program))
         options = {node: self.at(node, context) for node in nodes}
