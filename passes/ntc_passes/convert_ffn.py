@@ -52,6 +52,11 @@ from ntc_passes.replace_attention import check_percentile, check_steps, check_sw
 __all__ = ["ActivationFit", "ConvertFfn", "fit_relu"]
 
 
+_ACTIVATIONS = frozenset({aten.gelu.default, aten.relu.default, aten.silu.default})
+
+_ALONE = "the recipe ssa-only converts the attention alone"
+
+
 @dataclass(frozen=True)
 class Options:
     """Options of ``convert-ffn``.
@@ -103,7 +108,7 @@ class ConvertFfn(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         """Fit and rewrite every linear - activation - linear."""
         sites, missed, residuals, refits = 0, [], {}, {}
-        activations = [n for n in program.graph.nodes if n.target in (aten.gelu.default, aten.relu.default)]
+        activations = [n for n in program.graph.nodes if n.target in _ACTIVATIONS]
         total = len(activations)
         for node in activations:
             options = self.at(node, context)
@@ -125,6 +130,10 @@ class ConvertFfn(Pass):
 
 def _refusal(node: Node) -> str:
     """Why an activation is not that of a feed-forward block, or an empty string."""
+    if any(_multiplies(user, node) for user in node.users):
+        return f"it gates another projection (SwiGLU, GeGLU), and spikes times real values are no spikes; {_ALONE}"
+    if node.target is aten.silu.default:
+        return f"it is a SiLU, for which no neuron is fitted; {_ALONE}"
     before = node.args[0]
     if not isinstance(before, Node) or before.target is not aten.linear.default:
         return "its input is not the result of a linear layer"
@@ -139,6 +148,11 @@ def _refusal(node: Node) -> str:
     if STATS not in before.meta:
         raise PassError(f"no calibration statistics at {where(before)}: run calibrate right before convert-ffn")
     return ""
+
+
+def _multiplies(user: Node, gate: Node) -> bool:
+    """Whether it is the gate times a value that is no constant."""
+    return user.target is aten.mul.Tensor and any(isinstance(a, Node) and a is not gate and a.op != "get_attr" for a in user.args)
 
 
 def fit_relu(rows: Tensor, target: Tensor, percentile: float, shifts: Tensor) -> ActivationFit:

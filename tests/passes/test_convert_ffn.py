@@ -252,7 +252,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("gated", "its result goes elsewhere than into a linear layer"),
+        ("gated", "it gates another projection (SwiGLU, GeGLU)"),
         ("twice", "its pre-activation %up is used elsewhere too"),
         ("no_linear_before", "its input is not the result of a linear layer"),
         ("no_linear_after", "its result goes elsewhere than into a linear layer"),
@@ -272,7 +272,7 @@ def test_no_site_is_an_error_that_shows_the_nearest_miss() -> None:
             x = self.wte(ids)
             return self.head(self.down(functional.gelu(self.up(x)) * self.gate(x)))
 
-    with pytest.raises(PassError, match=r"convert-ffn found none of its sites in Gated: nearest miss %\w+: its result goes elsewhere"):
+    with pytest.raises(PassError, match=r"convert-ffn found none of its sites in Gated: nearest miss %\w+: it gates another projection"):
         converted(ready(Gated("")))
     with pytest.raises(PassError, match="nothing looked like one"):
         converted(converted(calibrated(n_layer=1)))
