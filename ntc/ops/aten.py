@@ -139,6 +139,7 @@ for _op, _factor, _kind in (
     (aten._softmax.default, 3, "attention"), (aten.add.Tensor, 1, "elementwise"), (aten.sub.Tensor, 1, "elementwise"),
     (aten.div.Tensor, 1, "elementwise"), (aten.pow.Tensor_Scalar, 1, "elementwise"), (aten.rsqrt.default, 2, "norm"),
     (aten.masked_fill.Scalar, 1, "attention"), (aten.exp.default, 3, "elementwise"),
+    (aten.cumsum.default, 1, "elementwise"), (aten.reciprocal.default, 1, "elementwise"),
     (aten.cos.default, 3, "elementwise"), (aten.sin.default, 3, "elementwise"), (aten.neg.default, 1, "elementwise"),
 ):  # fmt: skip
     register(OpSpec(_op, host_rule, _per_element(_factor), kind=_kind, bound=_BOUNDS.get(_op)))
@@ -154,7 +155,8 @@ for _op in (
     aten.split_with_sizes.default, aten.cat.default, aten.contiguous.default, aten.clone.default, aten.select.int,
     aten.unflatten.int, aten.flatten.using_ints, aten.t.default, aten.to.dtype, aten._to_copy.default, aten.chunk.default,
     aten.index.Tensor, aten.squeeze.dim, aten.full.default, aten.ones.default, aten.zeros.default, aten.tril.default,
-    aten._unsafe_view.default, aten.index_select.default,
+    aten._unsafe_view.default, aten.index_select.default, aten.repeat.default, aten.repeat_interleave.self_int, aten.stack.default,
+    aten.to.dtype_layout, aten.to.device,
 ):  # fmt: skip
     register(OpSpec(_op, host_rule, _free, kind="layout"))
 for _arithmetic in (operator.add, operator.mul, operator.sub, operator.floordiv):  # on sizes

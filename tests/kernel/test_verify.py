@@ -109,12 +109,12 @@ def test_an_unknown_op_is_an_analog_op_of_the_host() -> None:
     def act(work: Program) -> None:
         node = work.find("ln_f")
         with building(work.graph, before=node.next, stands_for=[node], by="test") as call:
-            new = call(aten.cumsum.default, node, 1)
+            new = call(aten.cumprod.default, node, 1)
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     work = broken(canonical(n_layer=1), act)
     verify(work)
-    assert infer_type(next(n for n in work.graph.nodes if n.target is aten.cumsum.default)) == ANALOG
+    assert infer_type(next(n for n in work.graph.nodes if n.target is aten.cumprod.default)) == ANALOG
 
 
 def test_largest_difference() -> None:

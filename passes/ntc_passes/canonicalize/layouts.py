@@ -13,6 +13,12 @@ from ntc_passes.canonicalize.making import NAME
 
 __all__ = ["drop_identity_layouts", "drop_no_ops", "views_to_reshapes"]
 
+# Nothing, where the value has the type already.
+_COPIES = frozenset({
+    aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default, aten.contiguous.default, aten.clone.default,
+})  # fmt: skip
+
+
 def views_to_reshapes(program: Program) -> int:
     """One spelling of a change of shape, and one that does not depend on strides."""
     count = 0
@@ -48,7 +54,7 @@ def _is_no_op(node: Node, source: Node) -> bool:
     value, before = node.meta.get("val"), source.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(before, Tensor) or value.dtype != before.dtype:
         return False
-    if node.target in (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.contiguous.default, aten.clone.default):
+    if node.target in _COPIES:
         return True
     constant = node.args[1] if len(node.args) > 1 else None
     if isinstance(constant, bool) or not isinstance(constant, int | float):
