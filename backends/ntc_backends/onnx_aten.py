@@ -40,7 +40,8 @@ def _unary(w: Writer, node: Node) -> Value:
 
 
 @handles(*_BINARY)
-def _binary(w: Writer, node: Node) -> Value:
+def binary(w: Writer, node: Node) -> Value:
+    """An op of two tensors, or of a tensor and a number."""
     a, dtype = bound(node), node.meta["val"].dtype
     if dtype == torch.bool:
         return by_torch(w, node)

@@ -18,8 +18,9 @@ import torch
 from torch.fx import Node
 
 from ntc_backends import onnx_integer_functions as functions
-from ntc_backends.onnx_integer_neurons import product_of
+from ntc_backends.onnx_integer_neurons import product_of, unity
 from ntc_backends.onnx_integer_norm import norm
+from ntc_backends.onnx_integer_sums import is_real_sum
 from ntc_backends.onnx_integer_widths import SINGLE, WHOLE, call, inside, interval, is_narrow, once, result_type, zero_point
 from ntc_backends.onnx_writer import Value, Writer, bound, handles, onnx_type
 
@@ -45,7 +46,7 @@ def _norm(w: Writer, node: Node) -> Value:
     given = {k: a[k] for k in ("epsilon", "guard", "shift", "low", "high")}
     zero = zero_point(w, node) if real else None
     text = norm(a["centre"], real, result_type(node) if zero is None else functions.UINT8, group)
-    inputs = [w.name_of(a[k]) for k in ("x", "gain", "offset")]
+    inputs = [w.shared.get(("real", a["x"])) or w.name_of(a["x"]), *(w.name_of(a[k]) for k in ("gain", "offset"))]
     return _stored(w, node, call(w, node, text, inputs, **(given if zero is None else given | {"zero": zero})), zero)
 
 
@@ -60,6 +61,9 @@ def _stored(w: Writer, node: Node, name: str, zero: int | None) -> Value:
 @handles(ntc.requantize.default)
 def _requantize(w: Writer, node: Node) -> Value:
     if _head_of(w, node) is not None:
+        return []
+    if _is_short(w, node) and node.users and all(is_real_sum(w, user) for user in node.users):
+        w.shared["real", node] = _short(w, node, node)
         return []
     a, held = bound(node), inside(w, node)
     by_position = a["multiplier"].meta["val"].dim() == 2
@@ -84,11 +88,14 @@ def _layer_before(w: Writer, node: Node) -> Node | None:
     """The linear layer whose product, without its bias, a ``requantize`` takes: the bias is added to what it adds anyway."""
     if node.target is not ntc.requantize.default or zero_point(w, node) is not None:
         return None
-    a, layer = bound(node), bound(node)["x"]
+    a = bound(node)
+    layer: Node = a["x"]
     if layer.target is not ntc.integer_linear.default or len(layer.users) != 1 or bound(layer)["bias"] is None:
         return None
     if a["multiplier"].meta["val"].dim() == 2:
         return None
+    if _is_short(w, node) and (_head_of(w, node) is not None or all(is_real_sum(w, user) for user in node.users)):
+        return layer
     to = functions.FLOAT if all(user.target is ntc.from_integer.default for user in node.users) else result_type(node)
     return layer if _is_raised(w, node, to, _product(w, layer, node)) else None
 
@@ -97,6 +104,42 @@ def _product(w: Writer, layer: Node, node: Node) -> int:
     """Most of a layer's sums without their bias times the multiplier of the ``requantize`` behind, with its half."""
     bias, multiplier = (w.program.tensor(x).to(torch.int64).abs() for x in (bound(layer)["bias"], bound(node)["multiplier"]))
     return int((inside(w, layer)["accumulator"] + int(bias.max())) * int(multiplier.max()) + (1 << bound(node)["shift"]))
+
+
+def _sums(w: Writer, layer: Node) -> torch.Tensor:
+    """Most of the sums of each output, whatever the input, int64 ``[O]``."""
+    a = bound(layer)
+    most = w.program.tensor(a["weight"]).to(torch.int64).abs().sum(1) * interval(w, a["x"]).magnitude
+    return most if a["bias"] is None else most + w.program.tensor(a["bias"]).to(torch.int64).abs()
+
+
+def _is_short(w: Writer, node: Node) -> bool:
+    """Whether a ``requantize`` of a layer's sums is exact in float32."""
+    if node.target is not ntc.requantize.default:
+        return False
+    a, layer = bound(node), bound(node)["x"]
+    if layer.target is not ntc.integer_linear.default or len(layer.users) != 1 or a["multiplier"].meta["val"].dim() == 2:
+        return False
+    multiplier = w.program.tensor(a["multiplier"]).to(torch.int64).abs()
+    return bool(a["shift"] < 24 and int((_sums(w, layer) * multiplier).max()) + (1 << a["shift"] >> 1) < SINGLE)
+
+
+def _short(w: Writer, at: Node, node: Node, exponent: int | None = None) -> str:
+    """The function of such a ``requantize``; with an exponent, of the ``from_integer`` behind it too."""
+    a, layer = bound(node), bound(node)["x"]
+    bias = bound(layer)["bias"]
+    product = w.name_of(layer) if bias is None else w.shared["product", layer]
+    text = functions.rescale(a["shift"] > 0, _is_clipped(w, node), bias is not None, exponent is not None)
+    inputs = [product, w.name_of(a["multiplier"]), *([] if bias is None else [w.name_of(bias)]), unity(w)]
+    given = {k: a[k] for k in ("shift", "low", "high")} | ({} if exponent is None else {"exponent": exponent})
+    return call(w, at, text, inputs, **given)
+
+
+def _is_clipped(w: Writer, node: Node) -> bool:
+    """Whether the result of a short ``requantize`` can be outside of its range."""
+    a = bound(node)
+    most = int((_sums(w, a["x"]) * w.program.tensor(a["multiplier"]).to(torch.int64).abs()).max())
+    return bool((most + (1 << a["shift"] >> 1) >> a["shift"]) > min(-a["low"], a["high"]))
 
 
 def _is_raised(w: Writer, node: Node, to: int, product: int) -> bool:
@@ -139,7 +182,7 @@ def _lookup(w: Writer, node: Node) -> Value:
 @handles(ntc.integer_linear.default)
 def _linear(w: Writer, node: Node) -> Value:
     a = bound(node)
-    if _head_of(w, node) is not None:  # written with its readers, block by block
+    if (chain := _head_of(w, node)) is not None and not _is_exact_head(w, chain):  # written with its readers, block by block
         return []
     added = any(node in (product_of(w, u), _layer_before(w, u)) for u in node.users)
     part = "" if a["bias"] is None else "product"
@@ -173,7 +216,7 @@ def _bytes(w: Writer, node: Node) -> list[str] | None:
 
 
 def _head_of(w: Writer, node: Node) -> tuple[Node, Node, Node] | None:
-    """The chain ``integer_linear``, ``requantize``, ``from_integer`` that a node is in, if it is to be written in blocks of channels.
+    """The chain ``integer_linear``, ``requantize``, ``from_integer`` that a node is in, if it is to be written as one or block by block.
 
     Logits in float64 are the largest values of the whole network, and what is done to them one by one takes longer than the product
     when they leave the cache in between.
@@ -194,7 +237,16 @@ def _head_of(w: Writer, node: Node) -> tuple[Node, Node, Node] | None:
         return None
     by_position = bound(rescaled)["multiplier"].meta["val"].dim() == 2
     wide = linear.meta["val"].shape[-1] >= 2 * BLOCK and inside(w, rescaled)["product"] < WHOLE
-    return (linear, rescaled, last) if wide and not by_position and is_narrow(w, linear) else None
+    if not is_narrow(w, linear) or by_position or not (wide or _is_exact_head(w, (linear, rescaled, last))):
+        return None
+    return linear, rescaled, last
+
+
+def _is_exact_head(w: Writer, chain: tuple[Node, Node, Node]) -> bool:
+    """Whether sums are logits but for a scale: the product, its scale and its bias are one op of ONNX Runtime then."""
+    _, rescaled, last = chain
+    exponent = bound(last)["exponent"] - bound(rescaled)["shift"]
+    return _is_short(w, rescaled) and not bound(rescaled)["shift"] and not _is_clipped(w, rescaled) and -100 < exponent < 100
 
 
 def _in_blocks(w: Writer, linear: Node, rescaled: Node, last: Node) -> str:
@@ -269,6 +321,6 @@ def _wide_product(w: Writer, node: Node, x: Node, weight: Node, part: str) -> st
 def _from_integer(w: Writer, node: Node) -> Value:
     a = bound(node)
     if (chain := _head_of(w, node)) is not None:
-        return _in_blocks(w, *chain)
+        return _short(w, node, chain[1], a["exponent"]) if _is_exact_head(w, chain) else _in_blocks(w, *chain)
     value = w.shared.get(("real", a["x"])) or w.name_of(a["x"])
     return call(w, node, functions.from_integer(), [value], exponent=a["exponent"])

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 __all__ = [
     "DOUBLE", "ENDS", "FLOAT", "FLOOR_INT64", "FLOOR_REAL", "INT32", "INT64", "UINT8", "clamped", "count", "decode", "fire",
     "from_integer", "lookup", "onnx_function",
-    "requantize", "scale", "without_comments", "word",
+    "requantize", "rescale", "scale", "without_comments", "word",
 ]
 
 FLOAT, UINT8, INT32, INT64, DOUBLE = 1, 2, 6, 7, 11
@@ -149,6 +149,45 @@ def requantize(by_position: bool, real: bool, to: int, raised: bool = False, bia
     words = ("position" if by_position else "", "float64" if real else "int64", word(to), "raised" * raised, "biased" * biased)
     attributes = "shift, low, high" + (", zero" if to == UINT8 else "")
     return onnx_function("Requantize", words, attributes, f"(x, multiplier{', bias' if biased else ''}) => (y)", body)
+
+
+def rescale(rounded: bool, clipped: bool, biased: bool, logits: bool) -> str:
+    """``Requantize`` of a layer's sums in float32, given as float32: sums times multipliers and halves are below 2^24, so all is exact.
+
+    Args:
+        rounded: There is a shift; without one there is nothing to round.
+        clipped: Results can be outside of ``low ... high``.
+        biased: The sums lack a bias, which is an input.
+        logits: The result is times ``2^exponent``, as ``FromInteger`` makes it of it; nothing is rounded or clipped then.
+    """
+    body = f"""
+    two = Constant <value = double {{2.0}}> ()
+    shift = Constant <value_int: int = @shift> ()
+    {"exponent = Constant <value_int: int = @exponent> ()  places = Sub(exponent, shift)" if logits else "places = Neg(shift)"}
+    places_real = Cast <to = 11> (places)
+    fraction_wide = Pow(two, places_real)
+    fraction = Cast <to = 1> (fraction_wide)
+    multiplier_real = Cast <to = 1> (multiplier)
+    factor = Mul(multiplier_real, fraction)
+    {scale("factor")}
+    """
+    value = "scaled"
+    half = "half = Constant <value = float {0.5}> ()\n" if rounded else ""
+    if biased:
+        body += half + "bias_real = Cast <to = 1> (bias)  bias_scaled = Mul(bias_real, factor)\n"
+        body += "offset = Add(bias_scaled, half)\n" if rounded else "offset = Identity(bias_scaled)\n"
+        body, value = body + "moved = Add(scaled, offset)\n", "moved"
+    elif rounded:
+        body, value = body + half + "moved = Add(scaled, half)\n", "moved"
+    if rounded:
+        body, value = body + f"whole = Floor({value})\n", "whole"
+    if clipped:
+        body += "least_int = Constant <value_int: int = @low> ()  most_int = Constant <value_int: int = @high> ()\n"
+        body += "least = Cast <to = 1> (least_int)  most = Cast <to = 1> (most_int)\n"
+        body, value = body + f"inside = Clip({value}, least, most)\n", "inside"
+    words = ("float32", "rounded" * rounded, "clipped" * clipped, "biased" * biased, "logits" * logits)
+    signature = f"(current, multiplier{', bias' if biased else ''}, unity) => (y)"
+    return onnx_function("Requantize", words, "shift, low, high" + ", exponent" * logits, signature, body + f"y = Identity({value})\n")
 
 
 def lookup() -> str:

@@ -17,7 +17,7 @@ from ntc_backends.onnx_integer_trains import affine, attention_of_trains, follow
 from ntc_backends.onnx_integer_widths import SINGLE, WHOLE, call, inside, interval, readers, zero_point
 from ntc_backends.onnx_writer import Value, Writer, bound, functions_in, handles, onnx_type
 
-__all__ = ["product_of"]
+__all__ = ["product_of", "unity"]
 
 ntc = torch.ops.ntc
 
@@ -89,13 +89,12 @@ def _fire(w: Writer, node: Node) -> Value:
         packing = _packing(next(iter(node.users)), node)
         text = trains(a["steps"], a["signed"], layer is not None)
         lie: dict[str, Any] = {name: [size] for name, size in packing._asdict().items()} | {"channels": [node.meta["val"].shape[-1]]}
-        _, pads, sizes, unity = _layout(w, packing)
-        w.shared["packed", node] = call(w, node, text, [*current, *inputs, *bias, unity, pads, sizes], **given, **lie)
+        _, pads, sizes, one = _layout(w, packing)
+        w.shared["packed", node] = call(w, node, text, [*current, *inputs, *bias, one, pads, sizes], **given, **lie)
         return []
     unsigned = all(zero_point(w, user) == 0 for user in node.users)
     text = functions.count(a["steps"], a["signed"], layer is not None, functions.UINT8 if unsigned else functions.INT32)
-    unity = _layout(w, Packing(1, 1, 1))[3]
-    name = call(w, node, text, [*current, *inputs, *bias, unity], **given)
+    name = call(w, node, text, [*current, *inputs, *bias, unity(w)], **given)
     for user in node.users:
         w.shared["unsigned" if unsigned else "counts", user] = name
     return []
@@ -109,6 +108,11 @@ def _layout(w: Writer, packing: Packing) -> list[str]:
         made = w.call_many(function.name, ["input_ids"], 4, "layout", domain=function.domain, overload=function.overload)
         w.shared |= {(f"layout {i}", packing): name for i, name in enumerate(made)}
     return [w.shared[f"layout {i}", packing] for i in range(4)]
+
+
+def unity(w: Writer) -> str:
+    """1.0 that is no constant (``onnx_integer_functions.scale``)."""
+    return _layout(w, Packing(1, 1, 1))[3]
 
 
 def _closed_form(w: Writer, node: Node) -> bool:

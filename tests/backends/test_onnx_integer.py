@@ -327,6 +327,40 @@ def test_a_wide_head_is_written_in_blocks(multipliers, biased, tmp_path, monkeyp
     assert [n.op_type for n in model.graph.node].count("MatMulInteger") == 4
 
 
+@pytest.mark.parametrize(("most", "one"), [(9, True), (999, False)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_head_whose_sums_are_logits_is_one_product(most, one, biased, tmp_path):
+    """Sums times multipliers below 2^24 are exact in float32; beyond they are rescaled in float64."""
+    b = Builder(integers(-60, 60, VOCABULARY, CHANNELS))
+    weight, bias = integers(-127, 127, 23, CHANNELS, dtype=torch.int8), integers(-(2**16), 2**16, 23) if biased else None
+    x = b.call(ntc.integer_linear.default, b.embedded, weight, bias)
+    x = b.call(ntc.requantize.default, x, integers(1, most, 23) if one else ONE * 2**10, 0, 1 - 2**24, 2**24 - 1)
+    program = b.program(b.call(ntc.from_integer.default, x, -13))
+    chosen = check(program, tmp_path, torch.arange(VOCABULARY)[None])
+    assert (f"Requantize.float32{'.biased' if biased else ''}.logits" in chosen) == one
+    assert ("FromInteger." in chosen) != one
+
+
+@pytest.mark.parametrize(("shift", "limit", "word"), [
+    (0, 2**24 - 1, "float32.biased"), (5, 2**22, "float32.rounded.biased"), (3, 999, "float32.rounded.clipped.biased"),
+    (0, 2**17, "float32.clipped.biased"),
+])  # fmt: skip
+@pytest.mark.parametrize("stream", [2**12, 2**20 + 5])
+def test_sums_on_the_stream_in_float32(shift, limit, word, stream, tmp_path):
+    """Of both signs, half way too; a stream beyond 2^24 is int32 as the program's."""
+    table = integers(-60, 60, VOCABULARY, CHANNELS)
+    table[:2] = 60 * (1 - 2 * torch.arange(2, dtype=torch.int32))[:, None]
+    b = Builder(table)
+    weight, bias = integers(-127, 127, CHANNELS, CHANNELS, dtype=torch.int8), integers(-(2**16), 2**16, CHANNELS)
+    linear = b.call(ntc.integer_linear.default, b.embedded, weight, bias)
+    x = b.call(ntc.requantize.default, linear, integers(1, 15, CHANNELS), shift, -limit, limit)
+    far = b.call(ntc.requantize.default, b.embedded, ONE * stream, 0, -(2**31), 2**31 - 1)
+    y = b.call(torch.ops.aten.add.Tensor, b.call(torch.ops.aten.add.Tensor, b.embedded, x), far)
+    y = b.call(ntc.integer_norm.default, y, ONE * 2**10, ONE, 1, 0, 20, -127, 127, True)
+    chosen = check(b.program(b.call(ntc.from_integer.default, y, 0)), tmp_path, torch.arange(VOCABULARY)[None])
+    assert f"Requantize.{word}" in chosen
+
+
 def test_the_limits_are_those_of_the_formats():
     for limit, dtype in ((SINGLE, torch.float32), (WHOLE, torch.float64)):
         assert int(torch.tensor(limit - 1, dtype=dtype)) == limit - 1

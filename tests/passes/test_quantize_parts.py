@@ -24,7 +24,7 @@ from ntc_passes.quantize import Quantize
 from ntc_passes.quantize.activations import best_scale
 from ntc_passes.quantize.attention import leak_in_integers
 from ntc_passes.quantize.compensation import compensated, rounded, weight_scales
-from ntc_passes.quantize.fixed_point import fixed_point, shift_for
+from ntc_passes.quantize.fixed_point import fixed_point, shift_for, short_scales, short_unit
 from ntc_passes.replace_attention import ReplaceAttention
 
 
@@ -105,7 +105,7 @@ def test_the_scale_of_an_activation_looks_at_what_reads_it() -> None:
 
 
 def test_factors_as_multipliers() -> None:
-    factors = torch.tensor([3e-7, 0.25, 0.75, 0.9999999999], dtype=torch.float64)
+    factors = torch.tensor([1e-7, 0.25, 0.75, 0.9999999999], dtype=torch.float64)
     multiplier, shift = fixed_point(factors)
     assert shift == 30
     torch.testing.assert_close(multiplier.double() / 2**shift, factors, rtol=0, atol=2.0**-31)
@@ -113,6 +113,27 @@ def test_factors_as_multipliers() -> None:
     assert shift_for(2.0**-40) == 62
     with pytest.raises(ValueError, match="no multiplier of 31 bits"):
         fixed_point(torch.tensor([2.0**30], dtype=torch.float64))
+
+
+def test_multipliers_are_in_lowest_terms() -> None:
+    multiplier, shift = fixed_point(torch.tensor([0.25, 0.75, 0.0], dtype=torch.float64))
+    assert (multiplier.tolist(), shift) == ([1, 3, 0], 2)
+    assert fixed_point(torch.tensor([12.0], dtype=torch.float64))[1] == 0
+
+
+def test_scales_of_layers_that_are_only_rescaled() -> None:
+    """Small multiples of a power of two, none smaller than it was, with sums that float32 holds; as they were where that is coarse."""
+    scale = torch.linspace(1.0, 2.5, 300, dtype=torch.float64) * 3e-6
+    most = scale * 2**20
+    short = short_scales(scale, most)
+    unit = 2.0 ** short_unit(short)
+    assert bool((short >= scale).all()) and bool((short % unit == 0).all())
+    assert float(most.max()) < 2**24 * unit and float(short.max()) <= 16 * unit
+    assert float((short / scale).square().mean()) < 1.3
+    assert short_unit(scale) is None
+    assert torch.equal(short_scales(scale, scale * 2**23), scale)
+    zero = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert float(short_scales(torch.ones(2, dtype=torch.float64), zero * 2**20)[0]) == 2.0**-3
 
 
 # ------------------------------------------------------------------------------------------------ tables of leaks

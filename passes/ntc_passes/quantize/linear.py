@@ -5,7 +5,8 @@ r"""Linear layers: integer weights with one scale per output channel, biases in 
     linear(x, W, b)  ~  s_o (sum_c q_oc n_c + round(b_o / s_o)),        x_c = n_c t_c,   W_oc t_c ~ q_oc s_o
 
 The scales t of the input, one number or one per channel, go into the columns of W before it is rounded. What the sum stands for, s, is
-left to its reader: neurons take it into their thresholds, everything else requantizes.
+left to its reader: neurons take it into their thresholds, everything else requantizes. Where that is all that happens to a sum, on its
+way to the residual stream or to the logits, scales are small multiples of one power of two if that costs little: multipliers have few bits.
 
 Behind spikes the train is summed first, and the layer runs once on counts: ``sum_t W s(t) = W sum_t s(t)``.
 
@@ -24,10 +25,11 @@ from torch.fx import Node
 
 from ntc.errors import PassError
 from ntc.meta import module_of, where
+from ntc.ops import aten
 from ntc.program import op_name
 from ntc_passes.quantize.activations import as_activation
 from ntc_passes.quantize.compensation import compensated, rounded, weight_scales
-from ntc_passes.quantize.fixed_point import integer_dtype, nearest
+from ntc_passes.quantize.fixed_point import integer_dtype, nearest, short_scales
 from ntc_passes.quantize.walk import Constant, Value, Work
 
 __all__ = ["linear", "summed"]
@@ -57,6 +59,8 @@ def linear(work: Work, node: Node) -> Value:
         )
     least = torch.where(least > 0, least, torch.ones_like(least))  # a row of zeros
     scale = weight_scales(scaled, moments, options.weight_limit, least)
+    if _only_rescaled(node):
+        scale = short_scales(scale, scaled.abs().sum(1) * x.bound + bias.abs())
     exact = scaled / scale[:, None]
     limit = options.weight_limit
     whole = compensated(exact, moments, limit) if options.error_compensation else rounded(exact, limit)
@@ -110,6 +114,12 @@ def summed(work: Work, train: Value, at: Node, name: str) -> Value:
         made = Value(node, kind, train.scale / train.steps, data, bound=train.bound * train.steps)  # type: ignore[arg-type]
         train.made["summed"] = work.noted(made)
     return train.made["summed"]
+
+
+def _only_rescaled(node: Node) -> bool:
+    """Whether a layer's sums, or their mean over the steps, go to the residual stream or are the logits."""
+    users = [v for u in node.users for v in (u.users if u.target is _OPS.decode.default else [u])]
+    return all(u.op == "output" or u.target is aten.add.Tensor for u in users)
 
 
 def _steps_behind(node: Node) -> int:

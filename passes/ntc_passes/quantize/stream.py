@@ -3,7 +3,7 @@ r"""The residual stream: int32, one power of two for the whole network, so that 
 Its unit is the smallest power of two with which nothing can overflow. The range is known before anything runs: an embedding reaches as
 far as its table, and a layer that is added is clamped to the power of two above twice the most that it gives on the calibration
 text (``HEADROOM``); ranges add up along the stream. The largest sum of them gets as many bits as the squares inside of a norm leave
-room for in 64 bits, 25 at most.
+room for in 64 bits, 24 at most.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["HEADROOM", "add", "as_stream", "embedding", "is_stream", "stream_exp
 HEADROOM = 2.0
 """How many times the most that was seen a layer may add to the stream before it is clamped; rounded up to a power of two."""
 
-_BITS = 25
-"""Of the stream's largest magnitude, at most: with int32 products of 31 bits beside it nothing asks for more."""
+_BITS = 24
+"""Of the stream's largest magnitude, at most: so float32 holds it."""
 
 
 def is_stream(node: Node) -> bool:
