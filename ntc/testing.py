@@ -24,7 +24,7 @@ from ntc.program import Program, op_name
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-__all__ = ["NanoGPT", "check_pass", "count_ops", "example_ids", "tiny_gpt2"]
+__all__ = ["NanoGPT", "check_pass", "count_ops", "example_ids", "randomize", "tiny_gpt2"]
 
 Layout: TypeAlias = Literal["split", "separate", "permute", "interleaved"]
 Mask: TypeAlias = Literal["masked_fill", "additive", "where", "sdpa", "sdpa_mask", "none", "padding"]
@@ -47,7 +47,7 @@ def tiny_gpt2(*, seed: int = 0, **config: Any) -> GPT2LMHeadModel:
 
     sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 61, "n_positions": 24, "bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(**{**sizes, **config}))
-    _randomize(model, seed)
+    randomize(model, seed)
     return model.eval()
 
 
@@ -56,7 +56,8 @@ def example_ids(vocab_size: int = 61, batch: int = 2, length: int = 9, seed: int
     return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _randomize(model: nn.Module, seed: int) -> None:
+def randomize(model: nn.Module, seed: int) -> None:
+    """Give a model random weights in place, biases and norms among them, with which its logits differ from token to token."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -115,7 +116,7 @@ class NanoGPT(nn.Module):
         self.ln_f = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        _randomize(self, seed)
+        randomize(self, seed)
         self.eval()
 
     def forward(self, idx: Tensor) -> tuple[Tensor, None]:
