@@ -62,7 +62,7 @@ def _attention(
     softcap = float(kwargs.get("softcap") or 0.0)
     bounds = (window, softcap) if window or softcap else ()
     y: Tensor = (torch.ops.ntc.windowed_attention if bounds else torch.ops.ntc.attention)(*arguments, *bounds)
-    return y.unflatten(-1, (query.shape[1], -1)), None
+    return y.unflatten(-1, (query.shape[1], -1)), None  # type: ignore[no-untyped-call]
 
 
 def _seen(module: nn.Module, window: Any) -> int:
