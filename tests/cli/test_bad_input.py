@@ -397,23 +397,19 @@ def test_standard_output_that_is_full() -> None:
 # ------------------------------------------------------------------------------------------------ Ctrl-C
 
 
-@pytest.mark.parametrize("moment", [0.2, "capture", "replace-attention", "export"])
-def test_interrupt(model: Path, copied: Path, tmp_path: Path, moment: float | str) -> None:
+@pytest.mark.parametrize("moment", ["torch", "capture", "replace-attention", "export"])
+def test_interrupt(model: Path, copied: Path, tmp_path: Path, moment: str) -> None:
     """SIGINT while torch is imported, in capture, in passes and while the folder is written."""
     before = content(copied)
-    stop_at = "" if isinstance(moment, float) else moment
     process = start_ntc(
         "compile", model, "-o", copied, "--overwrite", "--emit", "netlist", "--no-measure",
-        env={"PYTHONPATH": str(slow_at(tmp_path, stop_at))} if stop_at else {}, start_new_session=True,
+        env={"PYTHONPATH": str(slow_at(tmp_path, moment))}, start_new_session=True,
     )  # fmt: skip
-    if isinstance(moment, float):
-        time.sleep(moment)
-    else:
-        flag = tmp_path / "slow" / "reached"
-        deadline = time.monotonic() + 240
-        while not flag.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert flag.exists(), process.communicate()
+    flag = tmp_path / "slow" / "reached"
+    deadline = time.monotonic() + 240
+    while not flag.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert flag.exists(), process.communicate()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     shutil.rmtree(tmp_path / "slow", ignore_errors=True)
@@ -426,7 +422,7 @@ def test_interrupt(model: Path, copied: Path, tmp_path: Path, moment: float | st
 
 
 def slow_at(tmp_path: Path, stage: str) -> Path:
-    """A folder for PYTHONPATH that makes the command wait at a stage until the signal comes."""
+    """A folder for PYTHONPATH that makes the command wait at a stage, or at the import of torch, until the signal comes."""
     folder = tmp_path / "slow"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(f"""
@@ -437,6 +433,9 @@ def wait():
         time.sleep(0.01)
 class Hook:
     def find_spec(self, name, path=None, target=None):
+        if name == "torch" == {stage!r}:
+            sys.meta_path.remove(self)
+            wait()
         if name == "ntc.compiler":
             sys.meta_path.remove(self)
             import ntc.cli.output as output

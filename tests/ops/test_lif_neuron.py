@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from op_cases import CURRENT, RATE, SPIKES, Constant, Step, counts, dyadics, gradients, infer, node_of, operand, random, same_layout
 from torch import Tensor, nn
@@ -61,6 +61,9 @@ def test_first_spike(x, theta, tau, hard):
     current, threshold, steps = torch.tensor([[[x / 8]]], dtype=torch.float64), torch.tensor([theta / 8], dtype=torch.float64), 40
     fired = run(current, threshold, tau, steps, hard).flatten().nonzero().flatten().tolist()
     expected = float(first_spike_oracle(current, threshold, tau))
+    if tau in (1.5, 3.0):  # not exact in floating point: a membrane that meets its threshold to the last bit may be rounded to either side
+        near = [x * (1 - (1 - 1 / tau) ** n) - theta for n in range(1, steps + 1)]
+        assume(x == theta or all(abs(u) > 1e-9 for u in near))
     if expected <= steps:
         assert fired[0] + 1 == expected
     elif math.isinf(expected) and x < theta:
