@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from ntc_backends.onnx_integer_functions import DOUBLE, onnx_function, without_comments, word
 
-__all__ = ["attention"]
+__all__ = ["SIZES", "attention"]
 
-_SIZES = """
+SIZES = """
     first = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
     any = Constant <value_ints = [-1]> ()
@@ -52,7 +52,7 @@ def attention(renewed: bool, decoded: bool, met: int, inner: int, written: int, 
         cross: Of queries times memory: the counts that come from earlier periods.
         renewal: Of memory times renewal: float64 or int64.
     """
-    body = _SIZES + (_DECODED if decoded else _TIMED)
+    body = SIZES + (_DECODED if decoded else _TIMED)
     if renewed:
         body += """
     period = Shape <start = 1, end = 2> (growth)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ntc_backends.onnx_integer_attention import SIZES
 from ntc_backends.onnx_integer_functions import DOUBLE, FLOAT, INT64, onnx_function, without_comments, word
 from ntc_backends.onnx_integer_widths import SINGLE, WHOLE, inside, interval
 from ntc_backends.onnx_writer import Value, Writer, bound, functions_in, handles, onnx_type
@@ -143,18 +144,9 @@ def _attention(w: Writer, node: Node) -> Value:
     return _call(w, text, [w.name_of(a[k]) for k in names], 2, heads=a["heads"], kv_heads=a["kv_heads"], shift=a["shift"])
 
 
-_SPLIT = """
-    first = Constant <value_ints = [0]> ()
-    one = Constant <value_ints = [1]> ()
-    any = Constant <value_ints = [-1]> ()
-    kv = Constant <value_int: int = @kv_heads> ()
-    all = Constant <value_int: int = @heads> ()
-    hk = Unsqueeze(kv, first)
-    share = Div(all, kv)
-    groups = Unsqueeze(share, first)
+_SPLIT = SIZES + """
     lead = Shape <start = 0, end = 2> (query)
     rows = ReduceProd(lead, first)
-    length = Shape <start = 2, end = 3> (query)
     q_sizes = Concat <axis = 0> (rows, length, hk, groups, any)
     kv_sizes = Concat <axis = 0> (rows, length, hk, one, any)
     q_split = Reshape(query, q_sizes)
