@@ -17,9 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
-    "DOUBLE", "ENDS", "FLOAT", "FLOOR_INT64", "FLOOR_REAL", "INT32", "INT64", "UINT8", "clamped", "count", "decode", "fire",
-    "from_integer", "lookup", "onnx_function",
-    "requantize", "rescale", "scale", "without_comments", "word",
+    "DOUBLE", "ENDS", "FLOAT", "FLOOR_INT64", "FLOOR_REAL", "INT32", "INT64", "UINT8", "clamped", "count", "decode",
+    "factor_by_position", "fire", "from_integer", "lookup", "onnx_function", "requantize", "rescale", "scale", "without_comments", "word",
 ]
 
 FLOAT, UINT8, INT32, INT64, DOUBLE = 1, 2, 6, 7, 11
@@ -93,6 +92,23 @@ def clamped(product: str, half: str, to: int) -> str:
     """
 
 
+def factor_by_position(start: str = "") -> str:
+    """The row of ``table`` for each token of x, as ``factor``: that of its position in a period, from ``start`` if given."""
+    positions = "positions = Range(zero, length, step)"
+    if start:
+        positions = f"numbers = Range(zero, length, step)  positions = Add(numbers, {start})"
+    return f"""
+    length_row = Shape <start = -2, end = -1> (x)
+    length = Squeeze(length_row)
+    zero = Constant <value_int = 0> ()
+    step = Constant <value_int = 1> ()
+    {positions}
+    period = Shape <start = 0, end = 1> (multiplier)
+    rows = Mod(positions, period)
+    factor = Gather <axis = 0> (table, rows)
+    """
+
+
 def requantize(by_position: bool, real: bool, to: int, raised: bool = False, biased: bool = False) -> str:
     """``Requantize``; ``real`` needs products with their half below 2^53.
 
@@ -117,16 +133,7 @@ def requantize(by_position: bool, real: bool, to: int, raised: bool = False, bia
     else:
         body += "table = Cast <to = 7> (multiplier)  values = Cast <to = 7> (x)\n"
     if by_position:
-        body += """
-    length_row = Shape <start = -2, end = -1> (x)
-    length = Squeeze(length_row)
-    zero = Constant <value_int = 0> ()
-    step = Constant <value_int = 1> ()
-    positions = Range(zero, length, step)
-    period = Shape <start = 0, end = 1> (multiplier)
-    rows = Mod(positions, period)
-    factor = Gather <axis = 0> (table, rows)
-    """
+        body += factor_by_position()
     else:
         body += "factor = Identity(table)\n"
     body += "scaled = Mul(values, factor)\n"

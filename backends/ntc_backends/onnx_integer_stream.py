@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from ntc_backends.onnx_integer_attention import SIZES
-from ntc_backends.onnx_integer_functions import DOUBLE, FLOAT, INT64, onnx_function, without_comments, word
+from ntc_backends.onnx_integer_functions import DOUBLE, FLOAT, INT64, factor_by_position, onnx_function, without_comments, word
 from ntc_backends.onnx_integer_widths import SINGLE, WHOLE, inside, interval
 from ntc_backends.onnx_writer import Value, Writer, bound, functions_in, handles, onnx_type
 
@@ -59,17 +59,7 @@ def requantize_stream(by_position: bool, kind: int, to: int) -> str:
     """
     body = _shift(kind) + _factor(kind, "multiplier", "table")
     if by_position:
-        body += """
-    length_row = Shape <start = -2, end = -1> (x)
-    length = Squeeze(length_row)
-    zero = Constant <value_int = 0> ()
-    step = Constant <value_int = 1> ()
-    numbers = Range(zero, length, step)
-    positions = Add(numbers, start)
-    period = Shape <start = 0, end = 1> (multiplier)
-    rows = Mod(positions, period)
-    factor = Gather <axis = 0> (table, rows)
-    """
+        body += factor_by_position("start")
     else:
         body += "factor = Identity(table)\n"
     body += f"""
