@@ -95,6 +95,9 @@ def finetune(
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many validations without a better one (default: never).", rich_help_panel=_RUN)
     ] = None,
+    result: Annotated[
+        str | None, typer.Option(help="The program to write: best, in validation, or last (default: best).", rich_help_panel=_RUN)
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=_RUN)] = None,
     keep_best: Annotated[
         bool, typer.Option("--keep-best", help="If training fails, write the best program so far.", rich_help_panel=_RUN)
@@ -126,17 +129,18 @@ def finetune(
         "group": group, "surrogate": surrogate, "surrogate_width": width, "lr": lr,
         "neuron_lr": neuron_lr, "rows": rows, "accumulate": accumulate, "window": window, "seed": seed, "compile": compile, "bf16": bf16,
         "checkpointing": checkpointing, "kl": kl, "ce": ce, "hidden": hidden, "target_rate": target_rate, "rate": rate,
-        "validation_windows": validation_windows, "validate_every": validate_every, "patience": patience, "save_every": save_every,
+        "validation_windows": validation_windows, "validate_every": validate_every, "patience": patience, "result": result,
+        "save_every": save_every,
     }  # fmt: skip
     with session(as_json, verbose) as output:
         config = config_from(options, set_)
-        result = _finetune(
+        found = _finetune(
             output, folder, out, config, overwrite, keep_best, keep_work, data=data, teacher=teacher, validation=validation,
             baseline=baseline, baseline_lr=baseline_lr, baseline_from=baseline_from, text_field=text_field, split=split,
             streaming=streaming,
         )  # fmt: skip
-        if result is not None:
-            output.result(result, lambda console: _show(console, result))
+        if found is not None:
+            output.result(found, lambda console: _show(console, found))
 
 
 def config_from(options: dict[str, Any], pairs: list[str] | None = None) -> TrainingConfig:

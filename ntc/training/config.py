@@ -21,6 +21,7 @@ from ntc.training.groups import GROUPS
 __all__ = ["DEFAULT_TOKENS", "TrainingConfig", "learning_rate", "with_options"]
 
 DEFAULT_TOKENS = 1_000_000
+RESULTS = ("best", "last")
 _LONGEST_WINDOW = 256
 _RATE_WEIGHT = 5.0  # a tenth above the target then costs 0.05 nats, as much as 5 % of perplexity
 _WARMUP_STEPS, _WARMUP_SHARE, _WARMUP_MOST = 30, 0.03, 0.2
@@ -63,6 +64,8 @@ class TrainingConfig:
         validate_every: Steps between validations.
         validation_windows: Windows of the validation text.
         patience: Stop after so many validations without a better one [default: never].
+        result: Which program the run gives: ``best``, the one with the best validation, or ``last``, which a short validation text
+            cannot misjudge once the learning rate has come down.
         save_every: Steps between checkpoints.
         save_minutes: Minutes between checkpoints, if steps are slow.
         log_every: Steps between rows of the log.
@@ -97,6 +100,7 @@ class TrainingConfig:
     validate_every: int = 50
     validation_windows: int = 64
     patience: int | None = None
+    result: str = "best"
     save_every: int = 50
     save_minutes: float = 2.0
     log_every: int = 10
@@ -122,6 +126,8 @@ class TrainingConfig:
             self._number(name, positive=True)
         for name in ("weight_decay", "ce", "kl", "hidden", "rate"):
             self._number(name, positive=False)
+        if self.result not in RESULTS:
+            raise ConfigError(f"the result of a run is the {' or the '.join(RESULTS)} program, got {self.result!r}")
         for name in ("compile", "bf16", "checkpointing"):
             if getattr(self, name) not in (None, True, False):
                 raise ConfigError(f"{name} is true or false, got {getattr(self, name)!r}")
@@ -198,7 +204,7 @@ class TrainingConfig:
         tokens = self.max_tokens if self.blockwise_tokens is None else self.blockwise_tokens
         return replace(
             self, max_tokens=tokens, max_minutes=minutes, blockwise_tokens=0, lr=self.blockwise_lr, ce=0.0, kl=0.0, hidden=1.0,
-            patience=None,
+            patience=None, result="last",  # layers fitted one by one may be nearer while perplexity is not yet lower
         )  # fmt: skip
 
     def for_baseline(self, lr: float | None = None) -> TrainingConfig:

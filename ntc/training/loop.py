@@ -6,7 +6,7 @@ of them, so the number of processes and pieces changes nothing but the order of 
 resumed has the same losses, to the last bit in one process with the same number of threads.
 
 Validation runs the program itself, with its exact kernels in float32, and not the form that is trained. The best program is the
-one with the lowest perplexity there; a firing rate above its target counts against it.
+one with the lowest perplexity there; a firing rate above its target counts against it. A run gives the best, or the last.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ class Trainer:
         first_step: Steps whose windows were trained on before.
         first_seconds: Time that this took; counts towards ``max_minutes``.
         objective: What makes a loss of form, teacher and options.
-        keep_last: Return the last program and not the best: layers fitted one by one may be nearer while perplexity is not yet lower.
         constants: More columns for the log's validation rows, such as the perplexity of the original.
         news: Called after every step and during validation.
 
@@ -92,7 +91,6 @@ class Trainer:
         first_step: int = 0,
         first_seconds: float = 0.0,
         objective: type[Objective] = Objective,
-        keep_last: bool = False,
         constants: Mapping[str, float] | None = None,
         news: Callable[[News], None] = _nobody,
     ) -> None:
@@ -100,7 +98,7 @@ class Trainer:
         self.accelerator, self.constants, self.news = accelerator, dict(constants or {}), news
         self.identity = {"config": config.to_json(), **identity}
         self._measured = {"loss", *objective.measured}
-        self.stop_after, self.first_step, self.keep_last = stop_after, first_step, keep_last
+        self.stop_after, self.first_step = stop_after, first_step
         self.state = RunState(steps=config.steps() if steps is None else steps, seconds=first_seconds)
         self.divergence, self.neurons = Divergence(), NeuronWatch()
         self.resumed_step: int | None = None
@@ -134,22 +132,22 @@ class Trainer:
                 raise
         return self.outcome()
 
-    def outcome(self) -> Outcome:
-        """The best program so far and its figures."""
+    def outcome(self, result: str | None = None) -> Outcome:
+        """The program that the run gives so far, the ``best`` or the ``last`` [default: as configured], and its figures."""
         s = self.state
         validated = {row["step"]: row for row in s.rows if "valid_perplexity" in row}
-        best = s.step if self.keep_last else s.best_step
+        given = s.step if (result or self.config.result) == "last" else s.best_step
         tokens = s.step * self.config.step_tokens
         return Outcome(
-            program=self._best_program(), rows=tuple(s.rows), steps=s.step, planned=s.steps or s.step, tokens=tokens, seconds=s.seconds,
-            tokens_per_second=tokens / s.step_seconds if s.step_seconds else 0.0, ended=s.ended, best_step=best,
-            before=validated.get(0, {}), after=validated.get(best, {}), warnings=tuple(s.warnings),
+            program=self._program(given), rows=tuple(s.rows), steps=s.step, planned=s.steps or s.step, tokens=tokens, seconds=s.seconds,
+            tokens_per_second=tokens / s.step_seconds if s.step_seconds else 0.0, ended=s.ended, best_step=given,
+            before=validated.get(0, {}), after=validated.get(given, {}), warnings=tuple(s.warnings),
         )  # fmt: skip
 
-    def _best_program(self) -> Program:
-        if self.keep_last and self.state.step:
+    def _program(self, step: int) -> Program:
+        if step and step == self.state.step:
             return self.form.to_program()
-        if self.state.best_step == 0 or not self.work.writes:
+        if step == 0 or not self.work.writes:
             return self.form.program
         best = self.work.load(self.work.best)
         if best is None or best["step"] != self.state.best_step:

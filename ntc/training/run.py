@@ -219,7 +219,7 @@ def finetune(
                 news(News("warning", message=remark))
         except TrainingError as error:
             if keep_best and accelerator.is_main_process:
-                error.best = result(trainer.outcome())
+                error.best = result(trainer.outcome("best"))
             raise
         if second is not None:
             corpus.load_state_dict(beginning)
@@ -245,7 +245,7 @@ def _blockwise(
     trainer = Trainer(
         form, TrainingForm(original, bf16=bool(config.bf16), by_layer=True), corpus, held_out, config.for_blockwise(),
         work=WorkFolder(place, "blockwise", writes=accelerator.is_main_process), accelerator=accelerator,
-        identity={**common, "teacher": identity_of(original)}, objective=BlockwiseObjective, keep_last=True, news=news,
+        identity={**common, "teacher": identity_of(original)}, objective=BlockwiseObjective, news=news,
     )  # fmt: skip
     return trainer.run()
 

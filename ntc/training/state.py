@@ -61,7 +61,7 @@ class Outcome:
     """What came of a run.
 
     Attributes:
-        program: The best program.
+        program: The program that the run gives, the best or the last.
         rows: The log.
         steps: Steps taken.
         planned: Steps that the learning rate was planned for.
@@ -69,9 +69,9 @@ class Outcome:
         seconds: Time of the whole run, all sessions, validations included.
         tokens_per_second: Speed of the steps alone.
         ended: Why it ended: ``steps`` (all done), ``time``, or ``patience``.
-        best_step: Step of the best program; 0 = as it was.
+        best_step: Its step; 0 = as it was.
         before: The row of the first validation.
-        after: The row of the best one.
+        after: The row of its validation.
         warnings: One sentence each.
         blockwise_steps: How many of the steps were those that fit every layer by itself.
     """

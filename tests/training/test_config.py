@@ -88,6 +88,14 @@ def test_the_baseline_learns_from_text_alone() -> None:
     assert not baseline.needs_teacher
 
 
+def test_layers_are_fitted_to_the_end_whatever_a_validation_says() -> None:
+    assert TrainingConfig().result == "best"
+    assert TrainingConfig().for_blockwise().result == "last"
+    assert TrainingConfig(result="last").for_baseline().result == "last"
+    with pytest.raises(ConfigError, match="the result of a run is the best or the last program, got 'first'"):
+        TrainingConfig(result="first")
+
+
 def test_rate_weighs_5_once_there_is_a_target() -> None:
     assert TrainingConfig().rate_weight == 0
     assert TrainingConfig(target_rate=0.1).rate_weight == 5

@@ -213,6 +213,17 @@ def test_a_run_that_only_harms_gives_the_program_back(tmp_path: Path) -> None:
     assert outcome.program.fingerprint() == spiking().fingerprint()
 
 
+def test_the_last_program_is_given_if_asked_for_though_another_was_better(tmp_path: Path) -> None:
+    run = trainer(tmp_path, config(lr=3.0, max_tokens=4 * WINDOW * 8, result="last"))
+    outcome = run.run()
+    assert outcome.best_step == outcome.steps == 8
+    assert outcome.after == outcome.rows[-1]
+    trained_to = run.form.to_program()
+    assert all(torch.equal(outcome.program.tensor(n), trained_to.tensor(n)) for n in trained_to.tensors)
+    assert any(not torch.equal(outcome.program.tensor(n), spiking().tensor(n)) for n in trained_to.tensors)
+    assert run.outcome("best").program.fingerprint() == spiking().fingerprint()
+
+
 def test_a_target_rate_is_reached_and_decides_what_is_best(tmp_path: Path) -> None:
     before = validate(spiking(), validation()).attention_rate
     target = 0.5 * before
