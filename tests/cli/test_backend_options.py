@@ -12,7 +12,7 @@ from ntc import registry
 from ntc.cli.options import backend_options
 from ntc.errors import ConfigError
 from tests.cli.conftest import run_ntc
-from tests.cli.test_bad_input import refused
+from tests.cli.refusals import refused
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import TEXT, content, run_ntc, start_ntc
-from tests.cli.test_bad_input import nothing_left, refused
+from tests.cli.refusals import nothing_left, refused
 from tests.cli.test_commands import check_keys, result, shown
 
 QUICK = ("--max-tokens", 8 * 24 * 6, "--blockwise-tokens", 0, "--rows", 8, "--no-bf16", "--lr", 3e-3, "--set", "warmup=1")

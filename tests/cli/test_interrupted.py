@@ -1,0 +1,124 @@
+"""Ctrl-C: exit code 130, nothing half-written, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import content, start_ntc
+from tests.cli.refusals import nothing_left
+
+
+@pytest.mark.parametrize("moment", ["torch", "capture", "replace-attention", "export"])
+def test_interrupt(model: Path, copied: Path, tmp_path: Path, moment: str) -> None:
+    """SIGINT while torch is imported, in capture, in passes and while the folder is written."""
+    before = content(copied)
+    process = start_ntc(
+        "compile", model, "-o", copied, "--overwrite", "--emit", "netlist", "--no-measure",
+        env={"PYTHONPATH": str(slow_at(tmp_path, moment))}, start_new_session=True,
+    )  # fmt: skip
+    flag = tmp_path / "slow" / "reached"
+    deadline = time.monotonic() + 240
+    while not flag.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert flag.exists(), process.communicate()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    shutil.rmtree(tmp_path / "slow", ignore_errors=True)
+    assert process.returncode == 130, (process.returncode, err)
+    assert "Traceback" not in err
+    assert [line for line in err.splitlines() if line.strip()] == ["interrupted"]
+    assert out == ""
+    assert content(copied) == before
+    nothing_left(tmp_path, copied.name)
+
+
+def slow_at(tmp_path: Path, stage: str) -> Path:
+    """A folder for PYTHONPATH that makes the command wait at a stage, or at the import of torch, until the signal comes."""
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"""
+import builtins, sys, time
+def wait():
+    open({str(folder / "reached")!r}, "w").close()
+    for _ in range(6000):
+        time.sleep(0.01)
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" == {stage!r}:
+            sys.meta_path.remove(self)
+            wait()
+        if name == "ntc.compiler":
+            sys.meta_path.remove(self)
+            import ntc.cli.output as output
+            session = output.Output.progress
+            from contextlib import contextmanager
+            @contextmanager
+            def progress(self):
+                yield lambda label, done, total: wait() if label.startswith({stage!r}) else None
+            output.Output.progress = progress
+sys.meta_path.insert(0, Hook())
+""")
+    return folder
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_interrupt_while_folders_are_swapped(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between the two renames waits until both are done."""
+    from ntc import folders
+
+    replace = os.replace
+    calls = []
+
+    def interrupted_replace(source: Any, target: Any) -> None:
+        calls.append(source)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        replace(source, target)
+
+    monkeypatch.setattr(folders.os, "replace", interrupted_replace)
+    with pytest.raises(KeyboardInterrupt), folders.replacing_folder(copied) as beside:
+        (beside / "new.txt").write_text("new")
+    assert len(calls) == 2
+    assert list(content(copied)) == ["new.txt"]
+    nothing_left(tmp_path, copied.name)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_second_interrupt_does_not_disturb_the_clean_up(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ntc import folders
+
+    remove = shutil.rmtree
+    before = content(copied)
+
+    def interrupted_rmtree(*args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        remove(*args, **options)
+
+    monkeypatch.setattr(folders.shutil, "rmtree", interrupted_rmtree)
+
+    def interrupted() -> None:
+        with folders.replacing_folder(copied) as beside:
+            (beside / "new.txt").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert content(copied) == before
+    nothing_left(tmp_path, copied.name)
