@@ -29,13 +29,13 @@ import torch
 
 import ntc
 from ntc.cli.options import named_values
+from ntc.figures import Point, write_scatter
 from ntc.folders import is_artifact
 from ntc.frontend import load_tokenizer
 from ntc.recipe import Settings
 from ntc.text import read_text, tokens_from
 from ntc.training.checkpoint import remove
 from ntc.training.config import TrainingConfig, with_options
-from ntc.training.curve import Point, write_scatter
 from ntc.training.prepare import network_from
 from ntc.training.record import write_finetuned
 from ntc.training.state import News

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ntc.figures import write_scatter
 from ntc.testing import tiny_gpt2
 from ntc.training.config import TrainingConfig
-from ntc.training.curve import write_scatter
 from tests.programs import canonical
 from tests.training.training_cases import WINDOW, chain, config
 
