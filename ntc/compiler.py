@@ -95,7 +95,7 @@ def quantizing(recipe: str | Recipe, weight_bits: int | None) -> Recipe:
 
 
 def compile_model(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | Program,
     *,
     recipe: str | Recipe = DEFAULT_RECIPE,
     settings: Settings | None = None,
@@ -111,7 +111,7 @@ def compile_model(
     """Compile a model to a spiking program.
 
     Args:
-        model: A folder, a hub id, or a module (see ``ntc.capture``).
+        model: A folder, a hub id, or a module (see ``ntc.capture``); or a network that is captured already.
         recipe: Name of a recipe, or one of your own.
         settings: Options and overrides (see ``ntc.recipe.load_settings``).
         steps: T, number of time steps, for all passes that have such an option.
@@ -120,7 +120,7 @@ def compile_model(
         until_quantize: Leave that last step to ``ntc.compiler.quantize``, to fine-tune in between.
         calibration: A text file, or tokens. By default ``calibration.txt`` in the model's folder; without it, random
             tokens, with a warning: then thresholds mean little.
-        tokenizer: If the model is a module.
+        tokenizer: If the model is a module, or captured.
         example: Example token ids, if the model is no Hugging Face model.
         progress: Called with (label, done, total).
 
@@ -144,7 +144,7 @@ def compile_model(
         started = now
 
     progress("capture", 0, 1)
-    program = capture(model, example)
+    program = model if isinstance(model, Program) else capture(model, example)
     if tokenizer is None and isinstance(model, str | Path):
         tokenizer = load_tokenizer(model)
     lap("capture")
@@ -230,7 +230,7 @@ def _unqualified(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(f"{name}."): options[key] for key in sorted(options, key=lambda key: key.startswith(f"{name}."))}
 
 
-def _calibration_text(model: nn.Module | str | Path, given: Path | str | Calibration | Tokens | None) -> Path | None:
+def _calibration_text(model: nn.Module | str | Path | Program, given: Path | str | Calibration | Tokens | None) -> Path | None:
     if isinstance(given, Path | str):
         return Path(given)
     return default_calibration(model) if given is None and isinstance(model, str | Path) else None

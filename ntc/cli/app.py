@@ -25,6 +25,7 @@ from ntc.cli import (
     generate_command,
     list_commands,
     quantize_command,
+    sweep_command,
     verify_command,
 )
 from ntc.cli.plugin_commands import CommandGroup
@@ -60,8 +61,8 @@ def _ntc(
 
 
 for _module in (
-    check_command, compile_command, finetune_command, quantize_command, evaluate_command, generate_command, energy_command, export_command,
-    verify_command, explain_command, list_commands,
+    check_command, compile_command, finetune_command, quantize_command, evaluate_command, generate_command, energy_command, sweep_command,
+    export_command, verify_command, explain_command, list_commands,
 ):  # fmt: skip
     _module.add_to(app)
 
