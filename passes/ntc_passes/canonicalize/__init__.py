@@ -12,9 +12,10 @@ After::
     %h_0_mlp_c_fc = linear(%h_0_ln_2, mlp.c_fc.weight, mlp.c_fc.bias)
     %h_0_mlp_act = gelu(%h_0_mlp_c_fc, approximate='tanh')
 
-Likewise every spelling of causal softmax attention becomes one ``ntc::attention`` and every fused query-key-value
-projection three linears. A spelling that is not recognized is left as it is and reported with the reason; nothing is
-guessed: each rewrite is proved by running both sides on small tensors (``ntc.probe``).
+Likewise every spelling of RMSNorm becomes one ``rms_norm``, of causal softmax attention one ``ntc::attention``, and a fused projection
+three linears for queries, keys and values, two for a gate and what it gates: SwiGLU is ``linear, silu, linear, mul, linear``. A spelling
+that is not recognized is left as it is and reported with the reason; nothing is guessed: each rewrite is proved by running both sides
+on small tensors (``ntc.probe``).
 """
 from __future__ import annotations
 
@@ -23,12 +24,14 @@ from torch.fx import Node
 from ntc.ops import aten
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
-from ntc_passes.canonicalize.attention import SOFTMAX, rewrite_attention, split_fused_projections
-from ntc_passes.canonicalize.gelus import rewrite_gelus
+from ntc_passes.canonicalize.activations import rewrite_activations
+from ntc_passes.canonicalize.attention import SOFTMAX, rewrite_attention
+from ntc_passes.canonicalize.fused import split_fused_projections
 from ntc_passes.canonicalize.layouts import drop_identity_layouts, drop_no_ops, views_to_reshapes
 from ntc_passes.canonicalize.linears import rewrite_linears
 from ntc_passes.canonicalize.making import NAME
 from ntc_passes.canonicalize.names import tidy_names
+from ntc_passes.canonicalize.norms import rewrite_norms
 
 __all__ = ["Canonicalize"]
 
@@ -45,8 +48,10 @@ class Canonicalize(Pass):
         """Apply the rules in order; each leaves a program that computes the same."""
         sites, missed = 0, list[tuple[Node, str]]()
         # Views first: a view is only valid on the strides that the copies gave it, and copies are dropped next.
-        for rule in (views_to_reshapes, drop_no_ops, drop_identity_layouts, rewrite_linears, drop_identity_layouts, rewrite_gelus):
+        for rule in (views_to_reshapes, drop_no_ops, drop_identity_layouts, rewrite_linears, drop_identity_layouts, rewrite_activations):
             sites += rule(program)
+        norms, no_norms = rewrite_norms(program)
+        sites, missed = sites + norms, [*missed, *no_norms]
         for node in list(program.graph.nodes):
             if node.target in SOFTMAX or node.target is aten.scaled_dot_product_attention.default:
                 reason = rewrite_attention(program, node)

@@ -1,9 +1,8 @@
-"""Every spelling of causal softmax attention becomes ``ntc::attention``, and its fused projections three linears."""
+"""Every spelling of causal softmax attention becomes ``ntc::attention``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from ntc.ops import aten
 from ntc.ops.attention import merge_heads
 from ntc.probe import Gathered, evaluate, gather_of, probe_sizes, shape_at
 from ntc.program import Program
-from ntc_passes.canonicalize.gelus import ARITHMETIC
-from ntc_passes.canonicalize.making import constant, making
+from ntc_passes.canonicalize.activations import ARITHMETIC
+from ntc_passes.canonicalize.fused import channels_of
+from ntc_passes.canonicalize.making import making
 
-__all__ = ["SOFTMAX", "rewrite_attention", "split_fused_projections"]
+__all__ = ["SOFTMAX", "rewrite_attention"]
 
 _MASKING = ARITHMETIC | {
     aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.to.dtype,
@@ -55,7 +55,7 @@ def rewrite_attention(program: Program, node: Node) -> str:
     if kv_heads != v_heads:
         return "keys and values have different numbers of heads"
     with making(program, result, [node, result]) as call:
-        three = [_channels(program, g, part, call) for g, part in zip((q, k, v), "qkv", strict=True)]
+        three = [channels_of(program, g, part, call) for g, part in zip((q, k, v), "qkv", strict=True)]
         if any(t is None for t in three):
             return "queries, keys or values are scattered channels of a tensor that is no linear layer's result"
         y = call(torch.ops.ntc.attention.default, *three, heads, kv_heads, scale * q.factor * k.factor, at=node)
@@ -165,49 +165,3 @@ def _ungrouped(g: Gathered, heads: int) -> tuple[Gathered, int]:
     if heads % len(distinct) == 0 and torch.equal(distinct.repeat_interleave(heads // len(distinct), dim=0), rows):
         return Gathered(g.root, distinct.flatten(), g.factor), len(distinct)
     return g, heads
-
-
-def _channels(program: Program, g: Gathered, part: str, call: Callable[..., Node]) -> Node | None:
-    """A node that holds the chosen channels of a root: itself, rows of its linear layer, or a slice.
-
-    ``part`` (``q``, ``k`` or ``v``) names the rows.
-    """
-    width = g.root.meta["val"].shape[-1]
-    if torch.equal(g.channels, torch.arange(width)):
-        return g.root
-    if g.root.target is aten.linear.default:
-        arguments: list[Any] = [g.root.args[0]]
-        for tensor in g.root.args[1:]:
-            if isinstance(tensor, Node):
-                rows = program.tensor(tensor).detach()[g.channels]
-                arguments.append(call(constant(program, _row_name(str(tensor.target), part), rows), at=g.root))
-        return call(aten.linear.default, *arguments, at=g.root)
-    first = int(g.channels[0])
-    if torch.equal(g.channels, torch.arange(first, first + len(g.channels))):
-        return call(aten.slice.Tensor, g.root, -1, first, first + len(g.channels))
-    return None
-
-
-def _row_name(tensor: str, part: str) -> str:
-    """``c_attn.weight`` (``c_attn.weight_t`` if we turned it) becomes ``c_attn.q.weight``, a bare ``w_qkv`` ``w_qkv_q``."""
-    owner, _, leaf = tensor.removesuffix("_t").rpartition(".")
-    return f"{owner}.{part}.{leaf}" if owner and leaf in ("weight", "bias") else f"{tensor.removesuffix('_t')}_{part}"
-
-
-def split_fused_projections(program: Program) -> int:
-    """``ntc::attention`` of slices of one fused projection: each gets the rows of the weight that it uses."""
-    count = 0
-    for node in list(program.graph.nodes):
-        if node.target is not torch.ops.ntc.attention.default:
-            continue
-        for at, part in enumerate("qkv"):
-            argument = node.args[at]
-            found = gather_of(program, argument, lambda t: t)
-            if found is None or found.factor != 1.0 or found.root is argument:
-                continue
-            with making(program, node, [found.root, argument]) as call:
-                replacement = _channels(program, found, part, call)
-            if replacement is not None:
-                node.update_arg(at, replacement)
-                count += 1
-    return count

@@ -18,7 +18,9 @@ from ntc_passes.canonicalize.making import NAME
 __all__ = ["tidy_names"]
 
 _SPECIAL = re.compile(r"\W+")
-_LAYERS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.embedding.default, aten.gelu.default, aten.relu.default})
+_LAYERS = frozenset({
+    aten.layer_norm.default, aten.rms_norm.default, aten.embedding.default, aten.gelu.default, aten.relu.default, aten.silu.default,
+})  # fmt: skip
 # torch.fx gives these another name whenever it copies a graph.
 _RESERVED = frozenset({*dir(builtins), *keyword.kwlist, "self", "torch", "device", "inf", "nan", "fx_pytree", "pytree", "operator"})
 
@@ -48,7 +50,7 @@ def tidy_names(program: Program) -> int:
 
 
 def _tidy_tensors(program: Program) -> tuple[dict[str, Tensor], int]:
-    """Drop the mark ``_t`` of weights that this pass turned, unless the unturned one is still in use."""
+    """Drop the mark ``_t`` of weights that this pass turned or computed, unless the one of the model is still in use."""
     attributes = [n for n in program.graph.nodes if n.op == "get_attr"]
     targets, count = {str(n.target) for n in attributes}, 0
     tensors: dict[str, Tensor] = {}

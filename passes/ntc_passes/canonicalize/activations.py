@@ -1,18 +1,19 @@
-"""GELU spelled as arithmetic becomes one node."""
+"""GELU and SiLU spelled as arithmetic become one node."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.nn import functional
 
 from ntc.ops import aten
 from ntc.probe import evaluate
 from ntc.program import Program
 from ntc_passes.canonicalize.making import making
 
-__all__ = ["ARITHMETIC", "rewrite_gelus"]
+__all__ = ["ARITHMETIC", "rewrite_activations"]
 
 ARITHMETIC = frozenset({
     aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.neg.default,
@@ -20,22 +21,30 @@ ARITHMETIC = frozenset({
 })  # fmt: skip
 
 
-def rewrite_gelus(program: Program) -> int:
-    """GELU spelled as arithmetic with tanh or erf becomes one node."""
+_PROBE = torch.linspace(-8, 8, 1025, dtype=torch.float64)
+
+# What a spelling is made around: the op that replaces it, and its options.
+_AROUND: dict[Any, tuple[Any, dict[str, str]]] = {
+    aten.tanh.default: (aten.gelu.default, {"approximate": "tanh"}),
+    aten.erf.default: (aten.gelu.default, {"approximate": "none"}),
+    aten.sigmoid.default: (aten.silu.default, {}),
+}
+
+
+def rewrite_activations(program: Program) -> int:
+    """GELU spelled as arithmetic with tanh or erf, and SiLU as ``x sigmoid(x)``, becomes one node."""
     count = 0
-    probe = torch.linspace(-8, 8, 1025, dtype=torch.float64)
     for node in list(program.graph.nodes):
-        if node.target not in (aten.tanh.default, aten.erf.default):
+        if node.target not in _AROUND:
             continue
-        approximate = "tanh" if node.target is aten.tanh.default else "none"
-        expected = functional.gelu(probe, approximate=approximate)
-        found = _region(program, node, probe, expected)
+        op, options = _AROUND[node.target]
+        found = _region(program, node, _PROBE, op(_PROBE, **options))
         if found is None:
             continue
         source, last = found
         with making(program, last, [node, last]) as call:
-            gelu = call(aten.gelu.default, source, approximate=approximate)
-        last.replace_all_uses_with(gelu)
+            activation = call(op, source, **options)
+        last.replace_all_uses_with(activation)
         count += 1
     program.graph.eliminate_dead_code()
     return count
