@@ -31,7 +31,7 @@ import ntc
 from ntc.cli.options import named_values
 from ntc.figures import Point, write_scatter
 from ntc.folders import is_artifact
-from ntc.frontend import load_tokenizer
+from ntc.loading import load_tokenizer
 from ntc.recipe import Settings
 from ntc.text import read_text, tokens_from
 from ntc.training.checkpoint import remove

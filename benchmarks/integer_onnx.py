@@ -33,7 +33,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import ntc
-from ntc.frontend import load_tokenizer
+from ntc.loading import load_tokenizer
 from ntc.program import Program
 from ntc.registry import find_pass
 from ntc.text import random_tokens, tokens_from

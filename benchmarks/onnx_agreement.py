@@ -19,7 +19,7 @@ import onnxruntime
 import torch
 
 import ntc
-from ntc.frontend import load_tokenizer
+from ntc.loading import load_tokenizer
 from ntc.recipe import Settings
 from ntc.registry import find_pass, recipe
 from ntc_backends.onnx_export import OnnxBackend

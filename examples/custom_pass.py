@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.fx import Node
 
 import ntc
-from ntc.frontend import load_tokenizer
+from ntc.loading import load_tokenizer
 from ntc.meta import NEURON, building
 from ntc.ops import aten
 from ntc.pipeline import Context, Pass, PassResult

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ntc import artifact
 from ntc.folders import replacing_folder
-from ntc.frontend import load_tokenizer
+from ntc.loading import load_tokenizer
 from ntc.pipeline import Context, run_pipeline
 from ntc.registry import find_pass
 from ntc.text import calibration_from, tokens_from

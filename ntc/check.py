@@ -23,7 +23,8 @@ from torch.fx import Node
 
 from ntc.compiler import quantizing
 from ntc.errors import CaptureError, NtcError
-from ntc.frontend import capture, load_model
+from ntc.frontend import capture
+from ntc.loading import load_model
 from ntc.meta import ORIGIN, TYPE, block_of, module_of, source_of
 from ntc.observe import count_by_shape
 from ntc.ops import SOFTMAX_ATTENTION, spec_of, timed

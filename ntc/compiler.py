@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ntc import artifact
 from ntc.errors import BackendError, ConfigError, NtcError
 from ntc.folders import check_output, reason_of, replacing_folder
-from ntc.frontend import capture, load_tokenizer
+from ntc.frontend import capture
+from ntc.loading import folder_of, load_tokenizer
 from ntc.meta import module_of
 from ntc.pipeline import Calibration, Context, run_pipeline
 from ntc.program import Program
@@ -81,8 +82,8 @@ class Compilation:
 
 
 def default_calibration(source: str | Path) -> Path | None:
-    """The text that calibrates a model when none is given: ``calibration.txt`` in its folder, else none."""
-    path = Path(source) / "calibration.txt"
+    """The text that calibrates a model when none is given: ``calibration.txt`` in its folder, or beside its GGUF file, else none."""
+    path = folder_of(source) / "calibration.txt"
     return path if path.is_file() else None
 
 

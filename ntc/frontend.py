@@ -24,13 +24,14 @@ from torch.fx import Graph, GraphModule, Node
 import ntc.ops
 from ntc.attention_hook import our_attention
 from ntc.errors import CaptureError, NtcError
+from ntc.loading import first_line, load_model
 from ntc.meta import stamp_captured, where
 from ntc.program import ModelInfo, PassRecord, Program
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CAPTURE_TOLERANCE", "capture", "hub_answers", "load_model", "load_tokenizer"]
+__all__ = ["CAPTURE_TOLERANCE", "capture"]
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, 
         except NtcError:
             raise
         except Exception as error:
-            raise CaptureError(f"{source} fails on the example token ids: {_first_line(error)}") from error
+            raise CaptureError(f"{source} fails on the example token ids: {first_line(error)}") from error
         if expected.shape[:2] != example.shape:
             raise CaptureError(
                 f"{source} returns logits of shape {list(expected.shape)} for token ids {list(example.shape)}: "
@@ -164,7 +165,7 @@ def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, 
     except Exception as error:  # an op without a rule for shapes that depend on batch or length
         stopped = next((n for n in program.graph.nodes if n.op == "call_function" and "val" not in n.meta), None)
         at = f" at {where(stopped)}" if stopped is not None else ""
-        raise CaptureError(f"torch knows no shapes of {source} for any batch and length{at}: {_first_line(error)}") from error
+        raise CaptureError(f"torch knows no shapes of {source} for any batch and length{at}: {first_line(error)}") from error
     _check_dynamic(program, source)
     with torch.no_grad():
         drift = float((program.module(example) - expected).abs().max())
@@ -186,7 +187,7 @@ def _export(wrapper: nn.Module, example: Tensor, source: str, retry: bool = True
             # An example as long as a buffer that the model slices (a tril mask) makes torch take its length for a constant.
             return _export(wrapper, example[:, :-1], source, retry=False)
         reasons = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- ")]  # the headline says little
-        reason = reasons[0].removeprefix("- ") if reasons else _first_line(error)
+        reason = reasons[0].removeprefix("- ") if reasons else first_line(error)
         raise CaptureError(f"torch.export could not capture {source}: {reason}") from error
 
 
@@ -252,105 +253,6 @@ def _check_dynamic(program: Program, source: str) -> None:
         frontier.extend(new)
     if not any(n.op == "placeholder" for n in used):
         raise CaptureError(f"{source} does not use its input ids")
-
-
-def load_model(source: str | Path) -> PreTrainedModel:
-    """Load a causal language model from a folder, or from the hub if there is no such folder.
-
-    Raises:
-        CaptureError: Says in one sentence why it cannot be had.
-    """
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name, path = str(source), Path(source)
-    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix != ""
-    if not path.exists() and looks_local:
-        raise CaptureError(f"there is no folder {name}")
-    if path.exists() and not (path / "config.json").is_file():
-        raise CaptureError(f"{name} holds no config.json: it is not a Hugging Face model folder")
-    offline = not path.exists() and not hub_answers(name)
-    with _quiet(transformers):
-        try:
-            config = AutoConfig.from_pretrained(name, local_files_only=offline)
-        except Exception as error:
-            if offline:
-                raise CaptureError(
-                    f"there is no folder {name}, and the hub, where a model of that name may be, cannot be reached: "
-                    "connect to a network, or give a local folder"
-                ) from error
-            kind = "read" if path.exists() else "find on disk or on the hub"
-            raise CaptureError(f"could not {kind} the model {name}: {_first_line(error)}") from error
-        architectures = list(getattr(config, "architectures", None) or [])
-        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        if architectures and not known & set(architectures):
-            raise CaptureError(f"{name} is a {architectures[0]}, not a causal language model")
-        if getattr(config, "is_encoder_decoder", False) or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise CaptureError(f"{name} is a {config.model_type} model, not a causal language model")
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=offline
-            )
-        except Exception as error:
-            raise CaptureError(f"could not load the weights of {name}: {_first_line(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if missing or report.get("mismatched_keys"):
-        what = missing or sorted(str(k) for k in report["mismatched_keys"])
-        raise CaptureError(f"the weights of {name} lack {len(what)} tensors that the model needs, such as {what[0]}")
-    model.eval()
-    loaded: PreTrainedModel = model
-    return loaded
-
-
-def hub_answers(name: str, repo_type: str = "model") -> bool:
-    """Ask the hub once whether it is there: its own client retries for half a minute before it says that there is no network."""
-    from huggingface_hub import constants, get_session, hf_hub_url
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(hf_hub_url(name, "README.md", repo_type=repo_type), timeout=5)
-    except Exception as error:  # noqa: BLE001 - no name, no route, a proxy that refuses: all mean that the cache is what there is
-        logger.info("the hub does not answer: %s", _first_line(error))
-        return False
-    return True
-
-
-def load_tokenizer(source: str | Path) -> Any | None:
-    """The tokenizer beside a model, or None if there is none."""
-    import transformers
-
-    path = Path(source)
-    if path.exists() and not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    with _quiet(transformers):
-        try:
-            return transformers.AutoTokenizer.from_pretrained(
-                str(source), local_files_only=path.exists() or not hub_answers(str(source))
-            )
-        except Exception as error:  # noqa: BLE001 - a model without a usable tokenizer still compiles
-            logger.warning("no tokenizer in %s: %s", source, _first_line(error))
-            return None
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep transformers' warnings and progress bars out of our output."""
-    log = transformers.utils.logging
-    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bar:
-            log.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 _ = ntc.ops  # registers the ops that capture emits

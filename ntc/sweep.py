@@ -33,7 +33,8 @@ from ntc.energy import measure_energy
 from ntc.errors import ArtifactError, ConfigError, NtcError
 from ntc.figures import Point, write_scatter
 from ntc.folders import is_artifact
-from ntc.frontend import capture, load_tokenizer
+from ntc.frontend import capture
+from ntc.loading import load_tokenizer
 from ntc.program import Program
 from ntc.quality import evaluate
 from ntc.recipe import Settings
@@ -48,7 +49,7 @@ COSTS = {"total": "whole network", "attention": "attention block"}
 POINTS, RESULT, FIGURE = "points.jsonl", "sweep.json", "front"
 
 _QUALITY = ("perplexity", "perplexity_ann", "perplexity_change", "top1_agreement", "cosine", "kl", "firing_rate", "events_per_value")
-_MODEL, _WEIGHTS = (".safetensors", ".bin", ".json"), (".safetensors", ".bin")
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _WINDOW = 256
 _LIBRARIES = 1 << 30  # bytes of a process with torch and transformers, and of the activations of a small network
 _COPIES = 4  # weights of a network while it is compiled: captured, canonical, compiled, and what passes keep
@@ -102,13 +103,19 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What the figures depend on besides the setting: points of another one are not mixed with these."""
-        calibration, model = self.calibration or default_calibration(self.model), Path(self.model)
+        calibration, model = self.calibration or default_calibration(self.model), _files_of(self.model)
         return {
-            "model": _hash_of(sorted(p for p in model.iterdir() if p.suffix in _MODEL)) if model.is_dir() else self.model,
+            "model": _hash_of(model) if model else self.model,
             "data": _hash_of([self.data]), "calibration": _hash_of([calibration] if calibration else []),
             "options": dict(self.settings.options), "overrides": [asdict(o) for o in self.settings.overrides],
             "max_tokens": self.max_tokens, "energy_tokens": self.energy_tokens,
         }  # fmt: skip
+
+
+def _files_of(model: str) -> list[Path]:
+    """What a local model consists of: its GGUF file, or what decides about the network in its folder; nothing for a name on the hub."""
+    path = Path(model)
+    return [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in (".json", *_WEIGHTS))
 
 
 def _hash_of(files: Collection[Path]) -> str:
@@ -343,7 +350,7 @@ def _measure_all(plan: Plan, settings: Sequence[Setting], workers: int | None) -
 
 def _workers(plan: Plan) -> int:
     """As many as there are processors, and as fit into nine tenths of the memory that is free."""
-    weights = sum(p.stat().st_size for p in Path(plan.model).glob("*") if p.suffix in _WEIGHTS)
+    weights = sum(p.stat().st_size for p in _files_of(plan.model) if p.suffix in _WEIGHTS)
     room = 0.9 * psutil.virtual_memory().available / (_LIBRARIES + _COPIES * weights)
     return max(1, min(torch.get_num_threads(), int(room)))
 

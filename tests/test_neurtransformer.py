@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ntc
-from ntc.frontend import load_tokenizer
+from ntc.loading import load_tokenizer
 from ntc.testing import tiny_gpt2
 from ntc.text import tokens_from
 from ntc.training import record

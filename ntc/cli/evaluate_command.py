@@ -68,13 +68,14 @@ def _evaluate(
     output: Output, folder: Path, data: Path, against: str | None, tuned: Path | None, window: int | None, max_tokens: int | None, seed: int
 ) -> dict[str, Any]:
     from ntc import artifact
-    from ntc.frontend import capture, load_tokenizer
+    from ntc.frontend import capture
+    from ntc.loading import load_tokenizer
     from ntc.quality import evaluate
     from ntc.text import read_text, tokens_from
 
     info = artifact.read_manifest(folder).get("info", {})
     source = against or str(info.get("source", ""))
-    if against is None and not Path(source).is_dir():
+    if against is None and not Path(source).exists():
         raise ArtifactError(f"the model {source} that {folder} was compiled from is not there: give --against MODEL")
     context = int(info.get("context") or 0)
     if window is not None and context and window > context:

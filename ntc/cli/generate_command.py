@@ -120,12 +120,13 @@ def _load(folder: Path) -> tuple[Program, Any]:
     """A compiled folder or an original model, and its tokenizer."""
     from ntc import artifact
     from ntc.folders import MANIFEST
-    from ntc.frontend import capture, load_tokenizer
+    from ntc.frontend import capture
+    from ntc.loading import load_tokenizer
 
     is_compiled = (folder / MANIFEST).is_file()
     source = folder / "tokenizer" if is_compiled else folder
     program = artifact.load(folder) if is_compiled else capture(folder)
-    tokenizer = load_tokenizer(source) if source.is_dir() or not folder.exists() else None
+    tokenizer = load_tokenizer(source) if source.exists() or not folder.exists() else None
     if tokenizer is None:
         raise DataError(f"{folder} holds no tokenizer, so text cannot become tokens: use ntc.generate on token ids, from Python")
     return program, tokenizer

@@ -29,7 +29,7 @@ def tokens_for(output: Output, folder: Path, program: Program, data: Path | None
         DataError: If the text cannot be used.
     """
     from ntc.compiler import default_calibration
-    from ntc.frontend import load_tokenizer
+    from ntc.loading import load_tokenizer
     from ntc.text import random_tokens, tokens_from
 
     info = program.info

@@ -153,6 +153,6 @@ def source_of(program: Program, what: str) -> str:
         ArtifactError: If it is not there any more; says what to give instead.
     """
     source = program.info.source
-    if not Path(source).is_dir():
+    if not Path(source).exists():
         raise ArtifactError(f"the model {source} that the program was compiled from is not there: give {what}")
     return source

@@ -13,7 +13,7 @@ import torch
 
 from ntc import artifact
 from ntc.errors import ConfigError, TrainingError
-from ntc.frontend import load_tokenizer
+from ntc.loading import load_tokenizer
 from ntc.program import Program
 from ntc.text import Tokens
 from ntc.training.blockwise import BlockwiseObjective, fitted_tensors, with_first_stage

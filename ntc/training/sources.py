@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ntc.errors import DataError
-from ntc.frontend import hub_answers
+from ntc.loading import hub_answers
 
 __all__ = ["Part", "find_parts", "names_of"]
 

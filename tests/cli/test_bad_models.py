@@ -86,7 +86,7 @@ def test_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A listening port that never says a word: one question, a few seconds, no retries."""
     from huggingface_hub import constants
 
-    from ntc.frontend import hub_answers
+    from ntc.loading import hub_answers
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -19,7 +19,7 @@ def write_tuned(model: Path, folder: Path) -> Path:
     """The original after a few steps of training, as a compiled folder."""
     import ntc
     from ntc import artifact
-    from ntc.frontend import load_tokenizer
+    from ntc.loading import load_tokenizer
     from ntc.text import tokens_from
 
     program = ntc.capture(model)

@@ -41,7 +41,7 @@ def compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def greedy(folder: Path, count: int) -> list[int]:
     """By running the compiled program on the whole text each time."""
-    from ntc.frontend import load_tokenizer
+    from ntc.loading import load_tokenizer
 
     program, ids = load(folder), load_tokenizer(folder / "tokenizer")(PROMPT)["input_ids"]
     start = len(ids)

@@ -11,7 +11,8 @@ from torch import nn
 
 import ntc
 from ntc import CaptureError, DataError, NtcError
-from ntc.frontend import CAPTURE_TOLERANCE, load_tokenizer
+from ntc.frontend import CAPTURE_TOLERANCE
+from ntc.loading import load_tokenizer
 from ntc.program import check_ids, interpret
 from ntc.testing import NanoGPT, count_ops, example_ids, tiny_gpt2
 
