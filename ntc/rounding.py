@@ -132,7 +132,8 @@ def margins(node: Node, arguments: Sequence[Any], fired: Tensor, places: tuple[T
             return value
         if value.dim() == 1:
             return value if value.shape[0] == 1 else value[places[-1]]
-        return value[every] if value.dim() == fired.dim() else value[places]
+        # A value of one number per token stands for all neurons.
+        return value.expand(fired.shape)[every] if value.dim() == fired.dim() else value.expand(fired.shape[1:])[places]
 
     given = [at(value) for value in arguments]
     train = fired[every].to(node.meta["val"].dtype)

@@ -4,7 +4,10 @@ from ntc.ops.aten import aten as aten
 from ntc.ops.attention import attention as attention
 from ntc.ops.attention import attention_stream as attention_stream
 from ntc.ops.decode import decode as decode
+from ntc.ops.encode import encode as encode
+from ntc.ops.encode import token_step as token_step
 from ntc.ops.from_integer import from_integer as from_integer
+from ntc.ops.hadamard import hadamard as hadamard
 from ntc.ops.if_neuron import integrate_fire as integrate_fire
 from ntc.ops.if_rate import if_rate as if_rate
 from ntc.ops.integer_attention import integer_attention as integer_attention
@@ -36,8 +39,9 @@ from ntc.ops.windowed_attention import SOFTMAX_ATTENTION as SOFTMAX_ATTENTION
 from ntc.ops.windowed_attention import windowed_attention as windowed_attention
 
 __all__ = [
-    "SOFTMAX_ATTENTION", "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "TypeMismatch", "aten", "attention",
-    "decode", "from_integer", "if_rate", "integer_attention", "integer_attention_stream", "integer_fire", "integer_linear",
-    "integer_lookup", "integer_norm", "integrate_fire", "leaky_integrate_fire", "position_scale", "register", "requantize",
-    "rms_scale", "row_sum_scale", "spec_of", "spiking_attention", "spiking_attention_stream", "timed", "windowed_attention",
+    "SOFTMAX_ATTENTION", "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "TypeMismatch", "aten",
+    "attention", "decode", "encode", "from_integer", "hadamard", "if_rate", "integer_attention", "integer_attention_stream",
+    "integer_fire", "integer_linear", "integer_lookup", "integer_norm", "integrate_fire", "leaky_integrate_fire", "position_scale",
+    "register", "requantize", "rms_scale", "row_sum_scale", "spec_of", "spiking_attention", "spiking_attention_stream", "timed",
+    "token_step", "windowed_attention",
 ]  # fmt: skip
