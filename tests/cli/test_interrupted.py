@@ -71,15 +71,23 @@ sys.meta_path.insert(0, Hook())
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background and ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background and ignore it; SIGTERM ends the process in order."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, act) for number, act in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, leave))}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_interrupt_while_folders_are_swapped(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C between the two renames waits until both are done."""
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_signal_while_folders_are_swapped(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raised: type[BaseException]
+) -> None:
+    """Ctrl-C or SIGTERM between the two renames waits until both are done."""
     from ntc import folders
 
     replace = os.replace
@@ -87,12 +95,12 @@ def test_interrupt_while_folders_are_swapped(copied: Path, tmp_path: Path, monke
 
     def interrupted_replace(source: Any, target: Any) -> None:
         calls.append(source)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         time.sleep(0.01)
         replace(source, target)
 
     monkeypatch.setattr(folders.os, "replace", interrupted_replace)
-    with pytest.raises(KeyboardInterrupt), folders.replacing_folder(copied) as beside:
+    with pytest.raises(raised), folders.replacing_folder(copied) as beside:
         (beside / "new.txt").write_text("new")
     assert len(calls) == 2
     assert list(content(copied)) == ["new.txt"]
