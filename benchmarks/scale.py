@@ -1,7 +1,8 @@
-"""Compile a randomly initialised GPT-2 of a given size to a netlist; print time per stage and peak memory.
+"""Compile a randomly initialised model of a given size; print time per stage and peak memory.
 
     python benchmarks/scale.py small --emit netlist        # 124 M parameters
     python benchmarks/scale.py xl --emit netlist           # 1.5 B parameters
+    python benchmarks/scale.py llama-1b --recipe ssa-only --emit ""   # 1.1 B parameters, weights saved in bfloat16
 """
 
 from __future__ import annotations
@@ -15,20 +16,37 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
-from ntc.compiler import compile_model, write
+from ntc.compiler import DEFAULT_RECIPE, compile_model, write
 
-SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20), "xl": (48, 1600, 25)}
+
+def gpt2(layers: int, width: int, heads: int) -> PretrainedConfig:
+    return GPT2Config(n_layer=layers, n_embd=width, n_head=heads)
+
+
+def llama(layers: int, width: int, heads: int, key_heads: int, inner: int) -> PretrainedConfig:
+    return LlamaConfig(
+        num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, num_key_value_heads=key_heads, intermediate_size=inner,
+        max_position_embeddings=2048, vocab_size=32000, tie_word_embeddings=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+SIZES = {
+    "small": (gpt2, 12, 768, 12), "medium": (gpt2, 24, 1024, 16), "large": (gpt2, 36, 1280, 20), "xl": (gpt2, 48, 1600, 25),
+    "llama-135m": (llama, 30, 576, 9, 3, 1536), "llama-1b": (llama, 22, 2048, 32, 4, 5632),
+}  # fmt: skip
 
 
 def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def make_model(folder: Path, layers: int, width: int, heads: int) -> None:
+def make_model(folder: Path, size: str) -> None:
+    make, *numbers = SIZES[size]
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads)).save_pretrained(folder)
+    config = make(*numbers)
+    AutoModelForCausalLM.from_config(config, dtype=config.dtype).save_pretrained(folder)
 
 
 def main() -> None:
@@ -36,17 +54,17 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--emit", default="netlist")
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     args = parser.parse_args()
-    layers, width, heads = SIZES[args.size]
-    report: dict[str, object] = {"size": args.size, "steps": args.steps, "threads": torch.get_num_threads()}
+    report: dict[str, object] = {"size": args.size, "recipe": args.recipe, "steps": args.steps, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         # Saved first and compiled from its folder, as a user does: then the model is not held in memory beside the program.
         model = Path(folder) / "model"
-        maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(model, layers, width, heads))
+        maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(model, args.size))
         maker.start()
         maker.join()  # in a process of its own: its memory is not part of the figure
         started = time.perf_counter()
-        compiled = compile_model(model, steps=args.steps)
+        compiled = compile_model(model, recipe=args.recipe, steps=args.steps)
         report["compile_seconds"] = round(time.perf_counter() - started, 1)
         report |= {f"{k}_seconds": round(v, 1) for k, v in compiled.seconds.items()}
         report["parameters"] = compiled.analog.info.parameters
