@@ -5,22 +5,23 @@ One walk serves evaluation and energy. Spikes are counted on the very values tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from ntc.meta import NEURON, TYPE, block_of, module_of
-from ntc.ops import Counts, Operand, spec_of
+from ntc.ops import Counts, Operand, Traffic, spec_of
+from ntc.ops.traffic import streamed
 from ntc.program import Program, interpret, op_name
-from ntc.spike_type import ANALOG, Integer, SpikeType
+from ntc.spike_type import ANALOG, CurrentType, Integer, NodeType, SpikeType
 
-__all__ = ["Activity", "NodeCounts", "PopulationActivity", "count_by_shape", "observe"]
+__all__ = ["Activity", "NodeCounts", "PopulationActivity", "count_by_shape", "observe", "steps_of"]
 
 
 @dataclass
@@ -73,7 +74,20 @@ class PopulationActivity:
 
 @dataclass
 class NodeCounts:
-    """Operations of one node, summed over the tokens that it saw."""
+    """Operations of one node and the data that it moves, summed over the tokens that it saw.
+
+    Attributes:
+        name: Node name.
+        op: Its op.
+        module: Module of the model.
+        block: Transformer block.
+        kind: Where its energy is booked.
+        counts: Operations.
+        measured: What its op measured, and ``flop_counter_macs`` of an op without a counting rule.
+        countable: Whether its op has a counting rule.
+        traffic: Data moved.
+        steps: T of the trains that it takes or makes; 0 if there are none.
+    """
 
     name: str
     op: str
@@ -83,6 +97,27 @@ class NodeCounts:
     counts: Counts
     measured: dict[str, float]
     countable: bool = True
+    traffic: Traffic = field(default_factory=Traffic)
+    steps: float = 0
+
+    @property
+    def effective_macs(self) -> float:
+        """Of ``counts.macs`` those with both factors other than zero; where nothing was measured, all."""
+        return self.measured.get("effective_macs", self.counts.macs)
+
+    def __mul__(self, factor: float) -> NodeCounts:
+        measured = {key: value * factor for key, value in self.measured.items()}
+        return replace(self, counts=self.counts * factor, traffic=self.traffic * factor, measured=measured)
+
+    def __add__(self, other: NodeCounts) -> NodeCounts:
+        """The same node on more tokens."""
+        measured = {key: self.measured.get(key, 0.0) + other.measured.get(key, 0.0) for key in {**self.measured, **other.measured}}
+        return replace(self, counts=self.counts + other.counts, traffic=self.traffic + other.traffic, measured=measured)
+
+
+def steps_of(types: Iterable[NodeType]) -> int:
+    """T of the trains among some values, 0 if there are none."""
+    return max((t.steps for t in types if isinstance(t, SpikeType | CurrentType)), default=0)
 
 
 class Activity:
@@ -145,10 +180,13 @@ class Activity:
         if len(nodes) != len(tensors):  # sizes among the arguments: a layout operation, which costs nothing
             return
         operands = [self._operand(n, t) for n, t in zip(nodes, tensors, strict=True)]
-        # Spikes, or integers that may be counts of them.
-        eventful = any(isinstance(o.type, SpikeType | Integer) for o in operands)
-        measured = spec.measure(tensors, value, node) if spec.measure and eventful else {}
-        row.counts = row.counts + spec.count(node, operands, self._operand(node, value), measured)
+        # Spikes, or integers that may be counts of them, or factors that may be zero; shapes alone have no values.
+        worth = any(isinstance(o.type, SpikeType | Integer) for o in operands) or spec.element == "projection"
+        measured = spec.measure(tensors, value, node) if spec.measure and worth and not isinstance(value, FakeTensor) else {}
+        result = self._operand(node, value)
+        row.counts = row.counts + spec.count(node, operands, result, measured)
+        row.traffic = row.traffic + (spec.moves or streamed)(node, operands, result, measured)
+        row.steps = steps_of(o.type for o in (*operands, result))
         for key, number in measured.items():
             row.measured[key] = row.measured.get(key, 0.0) + number
 

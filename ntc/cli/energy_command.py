@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from ntc.cli.options import CompiledFolder
-from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, percent, session, table
-from ntc.cli.tables import heading, show_attention, unit_for
+from ntc.cli.energy_tables import show_constants, show_energy
+from ntc.cli.output import JsonFlag, Output, VerboseFlag, session
 from ntc.cli.texts import tokens_for
-from ntc.errors import ArtifactError
+from ntc.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ntc.energy import EnergyReport
 
 __all__ = ["add_to"]
 
@@ -26,29 +28,75 @@ def add_to(app: typer.Typer) -> None:
         "energy",
         epilog="Examples:\n\n"
         "ntc energy build/demo --data examples/data/books-sample.txt\n\n"
-        "ntc energy build/demo --constants my_process.toml --json",
+        "ntc energy build/demo --constants horowitz-45nm-int8 --memory horowitz-45nm-dram --reuse 64 --sensitivity\n\n"
+        "ntc energy build/demo --data examples/data/books-sample.txt --report energy.html\n\n"
+        "ntc energy build/demo --strict 0.1% --json\n\n"
+        "ntc energy --list-constants\n\n"
+        "What is counted and assumed: docs/energy.md.",
     )(energy)
 
 
 def energy(
-    folder: CompiledFolder,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="A compiled folder, as ntc compile writes it.", show_default=False)
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Text to measure firing rates on (default: the model's calibration.txt).")] = None,
     max_tokens: Annotated[int, typer.Option(help="Read only so many tokens.")] = _MAX_TOKENS,
-    constants: Annotated[Path | None, typer.Option(help="TOML file with energies per operation (default: 45 nm, fp32).")] = None,
+    constants: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Energies per operation (default: horowitz-45nm-fp32), or a TOML file.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Energies of moving data (default: horowitz-45nm-sram), or a TOML file.")
+    ] = None,
+    reuse: Annotated[
+        int | None, typer.Option(help="Tokens that share one read of a weight: 1 = decoding, more = prefill (default: the table's).", min=1)
+    ] = None,
+    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="Also with constants low and high, and one by one.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the whole report as one HTML page without a network.")
+    ] = None,
+    strict: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Fail if more of the dense multiply-accumulates are not counted, such as 0.1%.")
+    ] = None,
+    list_constants: Annotated[bool, typer.Option("--list-constants", help="List the tables of constants that ship with ntc.")] = False,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = 0,
 ) -> None:
-    """Count operations and energy per token, with the firing rates that the program really has."""
+    """Count operations, bytes and energy per token, with the firing rates that the program really has.
+
+    Two columns, compute only and compute with memory, against the original network in the same arithmetic, in fp32, in 8 bits, and in
+    as many bits as T steps have levels. Nothing is measured on a chip: joules are counts times published energies.
+    """
     with session(as_json, verbose) as output:
-        result = _energy(output, folder, data, max_tokens, constants)
-        output.result(result, lambda console: _show(console, result))
+        if list_constants:
+            listed = _tables()
+            output.result(listed, lambda console: show_constants(console, listed))
+            return
+        if folder is None:
+            raise ConfigError("ntc energy takes DIR, a folder that ntc compile wrote; --list-constants lists tables of constants")
+        allowed = None if strict is None else _share(strict)
+        if report is not None:
+            from ntc.energy.document import check_place
+
+            check_place(report)
+        measured = _measured(output, folder, data, max_tokens, constants, memory, reuse)
+        if allowed is not None:
+            measured.require_counted(allowed)
+        result = {"folder": str(folder), "report": None if report is None else str(report), **measured.to_json(sensitivity)}
+        if report is not None:
+            tables = {"--constants": constants or measured.constants.id, "--memory": memory or measured.memory.id, "--reuse": reuse}
+            options = {"--data": data, "--max-tokens": max_tokens, **tables, "--strict": strict}
+            _write(report, folder, measured, options)
+        output.result(result, lambda console: show_energy(console, result))
 
 
-def _energy(output: Output, folder: Path, data: Path | None, max_tokens: int, constants: Path | None) -> dict[str, Any]:
+def _measured(
+    output: Output, folder: Path, data: Path | None, max_tokens: int, constants: str | None, memory: str | None, reuse: int | None
+) -> EnergyReport:
     from ntc import artifact
-    from ntc.energy import load_constants, measure_energy
+    from ntc.energy import load_constants, load_memory, measure_energy
 
-    numbers = load_constants(constants)
+    numbers, hierarchy = load_constants(constants), load_memory(memory, reuse)
     with output.progress() as report:
         report("load", 0, 1)
         program, analog = artifact.load(folder), artifact.load_analog(folder)
@@ -56,49 +104,40 @@ def _energy(output: Output, folder: Path, data: Path | None, max_tokens: int, co
             raise ArtifactError(f"{folder} has no analog.json, which energy is compared with; compile again")
         tokens = tokens_for(output, folder, program, data, max_tokens, "firing rates are those of random tokens")
         report("energy", 0, len(tokens.windows))
-        measured = measure_energy(program, analog, tokens, numbers, progress=lambda done, total: report("energy", done, total))
-    return {"folder": str(folder), **measured.to_json()}
+        return measure_energy(
+            program, analog, tokens, numbers, hierarchy, progress=lambda done, total: report("energy", done, total)
+        )  # fmt: skip
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
-    constants = result["constants"]
-    console.print(
-        Text(result["folder"], "bold").append(f"  T = {result['steps']}, rates of {result['data']}", "not bold dim")
-    )  # fmt: skip
-    show_attention(console, result["attention"], result["total"], f"per token, {constants['title']}")
-    _show_groups(console, "By kind of operation", "kind", result["kinds"])
-    _show_groups(console, "By block", "block", result["blocks"])
-    _show_operations(console, result["total"])
-    rows = result["uncounted"]
-    if rows:
-        heading(console, "Not counted", f"{percent(result['uncounted_share'])} of the dense multiply-accumulates")
-        listed = table("side", "node", "op", "module")
-        for row in rows:
-            listed.add_row(row["side"], f"%{row['node']}", row["op"], row["module"])
-        console.print(listed)
-    console.print()
-    console.print(Text(f"{constants['scope']} Source: {constants['source']}", "dim"))
+def _write(out: Path, folder: Path, measured: EnergyReport, options: Mapping[str, object]) -> None:
+    """The page, with the command line that makes it again."""
+    import shlex
+    from importlib.metadata import version
+
+    from ntc.energy.document import page, write_page
+
+    given = {**options, "--report": out}
+    words = ["ntc", "energy", str(folder), *(w for name, v in given.items() if v is not None for w in (name, str(v)))]
+    versions = {name: version(name) for name in ("ntc-compiler", "torch")}
+    write_page(out, page(measured.to_json(sensitivity=True), folder.name, shlex.join(words), versions))
 
 
-def _show_groups(console: Console, title: str, key: str, groups: list[dict[str, Any]]) -> None:
-    shown = [g for g in groups if g["ann_pj"] or g["snn_pj"]]
-    unit, size = unit_for(max((max(g["ann_pj"], g["snn_pj"]) for g in shown), default=0.0))
-    heading(console, title, f"{unit} per token")
-    rows = table(key, ">network", ">spiking", ">saved")
-    for g in shown:
-        saved = 1 - g["snn_pj"] / g["ann_pj"] if g["ann_pj"] else None
-        style = "" if saved is None else "green" if saved > 0 else "red" if saved < 0 else ""
-        rows.add_row(g[key], f"{g['ann_pj'] / size:,.3f}", f"{g['snn_pj'] / size:,.3f}", Text(percent(saved), style))
-    console.print(rows)
+def _share(text: str) -> float:
+    """A share such as ``0.1%`` or ``0.001``.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--strict takes a share such as 0.1% or 0.001, from 0 to 100%, got {text!r}")
+    return share
 
 
-def _show_operations(console: Console, total: dict[str, Any]) -> None:
-    heading(console, "Operations", "per token")
-    rows = table("operation", ">network", ">spiking")
-    for key, label in (
-        ("dense_macs", "multiply-accumulates if dense"), ("macs", "multiply-accumulates"), ("acs", "accumulates by spikes"),
-        ("graded_macs", "graded multiply-accumulates"), ("neuron_updates", "membrane updates"),
-        ("elementwise", "elementwise (not costed)"), ("spikes", "spikes"),
-    ):  # fmt: skip
-        rows.add_row(label, count(total["ann"][key]), count(total["snn"][key]))
-    console.print(rows)
+def _tables() -> dict[str, Any]:
+    from ntc.energy import list_constants, list_memories
+
+    return {"constants": [c.to_json() for c in list_constants()], "memories": [m.to_json() for m in list_memories()]}

@@ -29,6 +29,7 @@ from ntc.ops.spec import SPECS as SPECS
 from ntc.ops.spec import Counts as Counts
 from ntc.ops.spec import Operand as Operand
 from ntc.ops.spec import OpSpec as OpSpec
+from ntc.ops.spec import Traffic as Traffic
 from ntc.ops.spec import TypeMismatch as TypeMismatch
 from ntc.ops.spec import register as register
 from ntc.ops.spec import spec_of as spec_of
@@ -39,7 +40,7 @@ from ntc.ops.windowed_attention import SOFTMAX_ATTENTION as SOFTMAX_ATTENTION
 from ntc.ops.windowed_attention import windowed_attention as windowed_attention
 
 __all__ = [
-    "SOFTMAX_ATTENTION", "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "TypeMismatch", "aten",
+    "SOFTMAX_ATTENTION", "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "Traffic", "TypeMismatch", "aten",
     "attention", "decode", "encode", "from_integer", "hadamard", "if_rate", "integer_attention", "integer_attention_stream",
     "integer_fire", "integer_linear", "integer_lookup", "integer_norm", "integrate_fire", "leaky_integrate_fire", "position_scale",
     "register", "requantize", "rms_scale", "row_sum_scale", "spec_of", "spiking_attention", "spiking_attention_stream", "timed",

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ntc.meta import TYPE
 from ntc.ops.interval import Bound, BoundRule, Interval, as_interval
-from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, host_rule, register, timed
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, TypeMismatch, host_rule, nonzero_products, register, timed
+from ntc.ops.traffic import looked_up, matrix, rows_of, still, streamed
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, Scale, SpikeType
 
 __all__ = ["aten"]
@@ -49,6 +51,17 @@ def _linear_count(node: Node, operands: Sequence[Operand], result: Operand, meas
     if x.type.levels == "graded":
         return Counts(dense_macs=dense, graded_macs=events)
     return Counts(dense_macs=dense, acs=events)
+
+
+def _linear_measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str, float]:
+    """Of spikes the counting rule knows all that it needs."""
+    x = node.args[0]
+    is_train = isinstance(x, Node) and timed(x.meta.get(TYPE, ANALOG))
+    return {} if is_train else {"effective_macs": nonzero_products(*tensors[:2])}
+
+
+def _linear_moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    return matrix(operands, result, _linear_count(node, operands, result, measured))
 
 
 def _scale_type(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
@@ -107,10 +120,26 @@ def _addmm_count(node: Node, operands: Sequence[Operand], result: Operand, measu
     return Counts(dense_macs=dense, macs=dense)
 
 
+def _matmul_moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    """A matrix of the program is one of a linear layer; two values that meet are each read once."""
+    factor = node.args[1]
+    if isinstance(factor, Node) and factor.op == "get_attr":
+        return matrix(operands, result, _matmul_count(node, operands, result, measured))
+    return streamed(node, operands, result, measured)
+
+
+def _addmm_moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    return matrix((operands[1], operands[2], operands[0]), result, _addmm_count(node, operands, result, measured))
+
+
 def _sdpa_count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
     length = operands[1].shape[-2]
     dense = operands[0].numel * length + result.numel * length
     return Counts(dense_macs=dense, macs=dense, elementwise=3 * operands[0].numel // operands[0].shape[-1] * length)
+
+
+def _sdpa_moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    return rows_of(operands, result, operands[1].shape[-2])
 
 
 def _add_bound(node: Node, context: int, self: Interval | Tensor, other: Interval | Tensor | int, alpha: int) -> Bound:
@@ -124,12 +153,16 @@ def _embedding_bound(node: Node, context: int, weight: Tensor, **_: object) -> B
 
 _BOUNDS: dict[object, BoundRule] = {aten.add.Tensor: _add_bound}
 
-register(OpSpec(aten.linear.default, _linear_type, _linear_count, element="projection", kind="projection"))
+register(
+    OpSpec(
+        aten.linear.default, _linear_type, _linear_count, _linear_moves, _linear_measure, element="projection", kind="projection",
+    )
+)  # fmt: skip
 register(OpSpec(aten.mul.Tensor, _scale_type, _per_element(1), element="scale"))
 for _op in (aten.matmul.default, aten.mm.default, aten.bmm.default):
-    register(OpSpec(_op, host_rule, _matmul_count, kind="projection"))
-register(OpSpec(aten.addmm.default, host_rule, _addmm_count, kind="projection"))
-register(OpSpec(aten.scaled_dot_product_attention.default, host_rule, _sdpa_count, kind="attention"))
+    register(OpSpec(_op, host_rule, _matmul_count, _matmul_moves, kind="projection"))
+register(OpSpec(aten.addmm.default, host_rule, _addmm_count, _addmm_moves, kind="projection"))
+register(OpSpec(aten.scaled_dot_product_attention.default, host_rule, _sdpa_count, _sdpa_moves, kind="attention"))
 
 # Elementwise arithmetic per output element: counted, never costed (see Counts.elementwise).
 for _op, _factor, _kind in (
@@ -145,10 +178,10 @@ for _op, _factor, _kind in (
     register(OpSpec(_op, host_rule, _per_element(_factor), kind=_kind, bound=_BOUNDS.get(_op)))
 
 register(OpSpec(aten.mean.dim, host_rule, _mean_count, kind="norm"))  # every element of the input is added once
-register(OpSpec(operator.getitem, _getitem_type, _free, kind="layout"))
+register(OpSpec(operator.getitem, _getitem_type, _free, still, kind="layout"))
 
-# A look-up or a change of layout moves data and computes nothing.
-register(OpSpec(aten.embedding.default, host_rule, _free, kind="embedding", bound=_embedding_bound))
+# A look-up or a change of layout computes nothing; the look-up moves rows.
+register(OpSpec(aten.embedding.default, host_rule, _free, looked_up, kind="embedding", bound=_embedding_bound))
 for _op in (
     aten.arange.default, aten.arange.start, aten.unsqueeze.default, aten.view.default, aten.reshape.default,
     aten.transpose.int, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.sym_size.int, aten.split.Tensor,
@@ -158,6 +191,6 @@ for _op in (
     aten._unsafe_view.default, aten.index_select.default, aten.repeat.default, aten.repeat_interleave.self_int, aten.stack.default,
     aten.to.dtype_layout, aten.to.device,
 ):  # fmt: skip
-    register(OpSpec(_op, host_rule, _free, kind="layout"))
+    register(OpSpec(_op, host_rule, _free, still, kind="layout"))
 for _arithmetic in (operator.add, operator.mul, operator.sub, operator.floordiv):  # on sizes
-    register(OpSpec(_arithmetic, host_rule, _free, kind="layout"))
+    register(OpSpec(_arithmetic, host_rule, _free, still, kind="layout"))

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.spec import Counts, Operand, OpSpec, host_rule, register
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, host_rule, register
+from ntc.ops.traffic import causal, rows_of
 from ntc.spike_type import ANALOG, NodeType
 
 __all__ = [
@@ -162,6 +163,14 @@ def _count_stream(node: Node, operands: Sequence[Operand], result: Operand, meas
     return Counts(dense_macs=tokens * (past + length) * width, macs=tokens * seen * width, elementwise=3 * heads * tokens * seen)
 
 
+def _moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    return rows_of(operands, result, causal(operands[0].shape[-2]))
+
+
+def _moves_stream(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    return rows_of(operands, result, operands[3].shape[-2] + causal(operands[0].shape[-2]))
+
+
 ONNX_SIZES = """
     query_heads = Constant <value_int: int = @heads> ()
     key_heads = Constant <value_int: int = @kv_heads> ()
@@ -221,7 +230,9 @@ Attention <heads, kv_heads, scale> (query, key, value) => (y)
     products = MatMul(probabilities, v)
 {ONNX_MERGE}}}
 """
-ATTENTION = register(OpSpec(target=torch.ops.ntc.attention.default, infer=_infer, count=_count, kind="attention", onnx=_ONNX))
+ATTENTION = register(
+    OpSpec(target=torch.ops.ntc.attention.default, infer=_infer, count=_count, moves=_moves, kind="attention", onnx=_ONNX)
+)
 
 # Query i of the L new ones stands behind P keys more than it has places: the mask is a triangle moved by P.
 _ONNX_STREAM = f"""
@@ -252,6 +263,7 @@ AttentionStream <heads, kv_heads, scale> (query, new_key, new_value, keys, value
 """
 ATTENTION_STREAM = register(
     OpSpec(
-        target=torch.ops.ntc.attention_stream.default, infer=_infer_stream, count=_count_stream, kind="attention", onnx=_ONNX_STREAM,
+        target=torch.ops.ntc.attention_stream.default, infer=_infer_stream, count=_count_stream, moves=_moves_stream, kind="attention",
+        onnx=_ONNX_STREAM,
     )
 )  # fmt: skip

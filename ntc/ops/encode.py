@@ -33,6 +33,7 @@ from torch.fx import Node
 from ntc.ops.decode import decode_weights
 from ntc.ops.if_neuron import check_constant
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.ops.traffic import fired
 from ntc.spike_type import ANALOG, Analog, NodeType, SpikeType
 
 __all__ = ["ENCODE", "MOST_PLANES", "TOKEN_STEP", "encode", "levels_of", "token_step"]
@@ -216,8 +217,8 @@ Encode <steps, code> (x, step) => (spikes)
 """
 ENCODE = register(
     OpSpec(
-        target=torch.ops.ntc.encode.default, infer=_infer, count=_count, element="population", kind="neurons", membrane=membrane,
-        onnx=_ONNX,
+        target=torch.ops.ntc.encode.default, infer=_infer, count=_count, moves=fired, element="population", kind="neurons",
+        membrane=membrane, onnx=_ONNX,
     )
 )  # fmt: skip
 

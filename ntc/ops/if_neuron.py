@@ -28,6 +28,7 @@ from torch.fx import Node
 
 from ntc.ops import traced
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.ops.traffic import fired
 from ntc.spike_type import Analog, CurrentType, NodeType, SpikeType
 from ntc.surrogate import surrogate
 
@@ -271,7 +272,7 @@ def _onnx(signed: bool, is_timed: bool) -> str:
 
 IF_NEURON = register(
     OpSpec(
-        target=torch.ops.ntc.integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons",
+        target=torch.ops.ntc.integrate_fire.default, infer=_infer, count=_count, moves=fired, element="population", kind="neurons",
         traced=traced.integrate_fire, membrane=membrane,
         onnx="".join(_onnx(signed, is_timed) for signed in (False, True) for is_timed in (False, True)),
     )

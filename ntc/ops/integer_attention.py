@@ -41,8 +41,9 @@ from ntc.ops.integer import (
     round_shift,
 )
 from ntc.ops.interval import Bound, Inside, Integers, Interval
-from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, TypeMismatch, register
 from ntc.ops.spiking_attention import SPIKING_ATTENTION, SPIKING_ATTENTION_STREAM
+from ntc.ops.traffic import spiking_rows, tokens_of, values
 from ntc.spike_type import INTEGER, CurrentType, NodeType, SpikeType
 
 __all__ = ["CHUNK", "INTEGER_ATTENTION", "INTEGER_ATTENTION_STREAM", "integer_attention", "integer_attention_stream"]
@@ -253,6 +254,19 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(dense_macs=dense, acs=measured["scores"] + measured["values"], macs=measured.get("leak", 0.0))
 
 
+def _written(operands: Sequence[Operand], growth: Operand) -> Traffic:
+    """The weights that keys are written with: one per token and head."""
+    query = operands[0]
+    read = tokens_of(query, query.type) * growth.shape[0]
+    return Traffic(weights=read, sweep=read)
+
+
+def _moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    """As of ``ntc::spiking_attention``; a renewal reads and writes the whole of M."""
+    rows = spiking_rows(node, operands[:3], result, measured)
+    return rows + _written(operands, operands[3]) + Traffic(state=2 * measured.get("leak", 0.0))
+
+
 def _peak(weights: Sequence[int], renewal: int | None, shift: int, context: int) -> tuple[int, int]:
     """Largest ``|M|`` of one head, and the largest that a renewal multiplies, after ``context`` tokens (0 = not limited)."""
     if renewal is None or (renewal == 1 << shift and not context):
@@ -303,8 +317,8 @@ def _bound(
 
 INTEGER_ATTENTION = register(
     OpSpec(
-        target=torch.ops.ntc.integer_attention.default, infer=_infer, count=_count, measure=_measure, element="dynamic_product",
-        kind="attention", bound=_bound,
+        target=torch.ops.ntc.integer_attention.default, infer=_infer, count=_count, moves=_moves, measure=_measure,
+        element="dynamic_product", kind="attention", bound=_bound,
     )
 )  # fmt: skip
 
@@ -336,6 +350,12 @@ def _count_stream(node: Node, operands: Sequence[Operand], result: Operand, meas
     return SPIKING_ATTENTION_STREAM.count(node, operands, result, measured)
 
 
+def _moves_stream(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    state = measured["read"] + 2 * measured["write"] + 2 * measured.get("leak", 0.0)
+    given = values(operands[0]) + values(operands[1]) + values(operands[2]) + values(result)
+    return given + _written(operands, operands[4]) + Traffic(state=state)
+
+
 def _bound_stream(
     node: Node, context: int, query: Interval, key: Interval, value: Interval, state: None, heads: int, kv_heads: int, growth: Tensor,
     renewal: Tensor | None, shift: int, position: None,
@@ -348,7 +368,7 @@ def _bound_stream(
 
 INTEGER_ATTENTION_STREAM = register(
     OpSpec(
-        target=torch.ops.ntc.integer_attention_stream.default, infer=_infer_stream, count=_count_stream, measure=_measure_stream,
-        element="dynamic_product", kind="attention", bound=_bound_stream,
+        target=torch.ops.ntc.integer_attention_stream.default, infer=_infer_stream, count=_count_stream, moves=_moves_stream,
+        measure=_measure_stream, element="dynamic_product", kind="attention", bound=_bound_stream,
     )
 )  # fmt: skip

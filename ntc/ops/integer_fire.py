@@ -27,6 +27,7 @@ from ntc.ops.if_neuron import check_constant, check_per_channel
 from ntc.ops.integer import check_integers, constant_of, integer_argument, integer_constants, largest
 from ntc.ops.interval import Bound, Inside, Integers, Interval, integers
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.ops.traffic import fired
 from ntc.spike_type import CurrentType, NodeType, SpikeType
 
 __all__ = ["INTEGER_FIRE", "integer_fire", "spike_count"]
@@ -136,6 +137,7 @@ def _after(u: Interval, theta: Integers, signed: bool) -> Interval:
 
 INTEGER_FIRE = register(
     OpSpec(
-        target=torch.ops.ntc.integer_fire.default, infer=_infer, count=_count, element="population", kind="neurons", bound=_bound,
+        target=torch.ops.ntc.integer_fire.default, infer=_infer, count=_count, moves=fired, element="population", kind="neurons",
+        bound=_bound,
     )
 )  # fmt: skip

@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from ntc.ops.integer import as_int32, check_integers, exact_matmul, integer_argument, integer_constants, largest
 from ntc.ops.interval import Bound, Inside, Integers, Interval, integers
-from ntc.ops.spec import Counts, Operand, OpSpec, register
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, nonzero_products, register
+from ntc.ops.traffic import matrix
 from ntc.spike_type import INTEGER, NodeType
 
 __all__ = ["INTEGER_LINEAR", "integer_linear"]
@@ -76,7 +77,9 @@ def _payloads(node: Node) -> bool:
 
 
 def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str, float]:
-    return {"payloads": float((tensors[0] != 0).sum())} if _payloads(node) else {}
+    if _payloads(node):
+        return {"payloads": float((tensors[0] != 0).sum())}
+    return {"effective_macs": nonzero_products(*tensors[:2])}
 
 
 def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
@@ -86,6 +89,10 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     if _payloads(node):
         return Counts(dense_macs=dense, graded_macs=measured["payloads"] * fan_out)
     return Counts(dense_macs=dense, macs=dense)
+
+
+def _moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    return matrix(operands, result, _count(node, operands, result, measured))
 
 
 def _bound(node: Node, context: int, x: Interval, weight: Tensor, bias: Tensor | None) -> Bound:
@@ -117,8 +124,7 @@ def _products(weight: Tensor, vector: Integers, row: int) -> Integers:
 
 INTEGER_LINEAR = register(
     OpSpec(
-        target=torch.ops.ntc.integer_linear.default, infer=_infer, count=_count, measure=_measure, element="projection",
+        target=torch.ops.ntc.integer_linear.default, infer=_infer, count=_count, moves=_moves, measure=_measure, element="projection",
         kind="projection", bound=_bound,
     )
 )  # fmt: skip
-

@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from ntc.ops.integer import check_integers, integer_argument, integer_constants
 from ntc.ops.interval import Bound, Inside, Integers, Interval, integers
-from ntc.ops.spec import Counts, Operand, OpSpec, register
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, register
+from ntc.ops.traffic import values
 from ntc.spike_type import INTEGER, NodeType
 
 __all__ = ["INTEGER_LOOKUP", "integer_lookup"]
@@ -63,6 +64,11 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=result.numel)
 
 
+def _moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    """One entry of the table per value."""
+    return Traffic(weights=result.numel, sweep=result.numel) + values(operands[0]) + values(result)
+
+
 def _bound(node: Node, context: int, x: Interval, table: Tensor, low: int) -> Bound:
     index = x - Interval.of(low, low)
     remedy = "clamp the activation in front to what the table covers"
@@ -81,5 +87,5 @@ def _each(function: Callable[..., int], parts: Sequence[Integers]) -> Integers:
 
 
 INTEGER_LOOKUP = register(
-    OpSpec(target=torch.ops.ntc.integer_lookup.default, infer=_infer, count=_count, kind="activation", bound=_bound)
+    OpSpec(target=torch.ops.ntc.integer_lookup.default, infer=_infer, count=_count, moves=_moves, kind="activation", bound=_bound)
 )

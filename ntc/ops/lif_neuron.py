@@ -27,6 +27,7 @@ from torch.fx import Node
 from ntc.ops import traced
 from ntc.ops.if_neuron import check_constant, check_per_channel, check_start_value, check_threshold, check_threshold_value
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.ops.traffic import fired
 from ntc.spike_type import Analog, CurrentType, NodeType, SpikeType
 from ntc.surrogate import surrogate
 
@@ -205,7 +206,7 @@ def _onnx(hard: bool, is_timed: bool) -> str:
 
 LIF_NEURON = register(
     OpSpec(
-        target=torch.ops.ntc.leaky_integrate_fire.default, infer=_infer, count=_count, element="population", kind="neurons",
+        target=torch.ops.ntc.leaky_integrate_fire.default, infer=_infer, count=_count, moves=fired, element="population", kind="neurons",
         traced=traced.leaky_integrate_fire, membrane=membrane,
         onnx="".join(_onnx(hard, is_timed) for hard in (False, True) for is_timed in (False, True)),
     )

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.ops.if_neuron import check_constant
-from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, TypeMismatch, register
+from ntc.ops.traffic import tokens_of, values
 from ntc.spike_type import Analog, CurrentType, Index, NodeType
 
 __all__ = ["POSITION_SCALE", "position_scale", "position_table"]
@@ -134,6 +135,12 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=result.numel)
 
 
+def _moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    """Of a table ``[H, context]`` a token reads one column."""
+    read = sum(tokens_of(result, result.type) * o.shape[0] for o in operands[1:] if len(o.shape) == 2)
+    return values(operands[0]) + values(result) + Traffic(weights=read, sweep=read)
+
+
 def _onnx(table: bool, start: bool) -> str:
     """The function with or without a table, from the beginning of a sequence or from ``start``."""
     first = "start" if start else "zeroth"
@@ -180,7 +187,8 @@ PositionScale ({", ".join(inputs)}) => (y)
 _ONNX = "".join(_onnx(table, start) for table in (False, True) for start in (False, True))
 POSITION_SCALE = register(
     OpSpec(
-        target=torch.ops.ntc.position_scale.default, infer=_infer, count=_count, element="scale", kind="attention", onnx=_ONNX,
+        target=torch.ops.ntc.position_scale.default, infer=_infer, count=_count, moves=_moves, element="scale", kind="attention",
+        onnx=_ONNX,
         traced=_scaled,  # the kernel is plain torch operations
     )
 )

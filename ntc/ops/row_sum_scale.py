@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, TypeMismatch, register
+from ntc.ops.traffic import values
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType
 
 __all__ = ["ROW_SUM_SCALE", "ROW_SUM_SCALE_STREAM", "row_sum_scale", "row_sum_scale_stream"]
@@ -175,6 +176,14 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(elementwise=result.numel + key.numel, macs=query.numel)
 
 
+def _moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    """A spike of K reads and writes one counter, a spike of Q reads one; without spikes all counters change at every token."""
+    current, query, key = operands[:3]
+    spiking = isinstance(query.type, SpikeType)
+    state = 2 * key.nonzero + query.nonzero if spiking else 2.0 * key.numel + query.numel
+    return values(current) + values(query) + values(key) + values(result) + Traffic(state=state)
+
+
 _ONNX_SPLIT = """
     whole = Shape(current)
     zeroth = Constant <value_ints = [0]> ()
@@ -243,7 +252,8 @@ RowSumScaleStream <heads, kv_heads> (current, query, key, sums) => (y, sums_next
 """
 ROW_SUM_SCALE = register(
     OpSpec(
-        target=torch.ops.ntc.row_sum_scale.default, infer=_infer, count=_count, element="scale", kind="attention", onnx=_ONNX,
+        target=torch.ops.ntc.row_sum_scale.default, infer=_infer, count=_count, moves=_moves, element="scale", kind="attention",
+        onnx=_ONNX,
         traced=_scaled,  # the kernel is plain torch operations
     )
 )
@@ -265,7 +275,7 @@ def _count_stream(node: Node, operands: Sequence[Operand], result: Operand, meas
 
 ROW_SUM_SCALE_STREAM = register(
     OpSpec(
-        target=torch.ops.ntc.row_sum_scale_stream.default, infer=_infer_stream, count=_count_stream, element="scale", kind="attention",
-        onnx=_ONNX_STREAM,
+        target=torch.ops.ntc.row_sum_scale_stream.default, infer=_infer_stream, count=_count_stream, moves=_moves, element="scale",
+        kind="attention", onnx=_ONNX_STREAM,
     )
 )  # fmt: skip

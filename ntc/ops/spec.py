@@ -1,4 +1,4 @@
-"""What ntc knows about an op: its type rule, its operation counts and its place in a netlist.
+"""What ntc knows about an op: its type rule, its operation counts, what it moves, and its place in a netlist.
 
 An op of ours has one file in this folder with its mathematics, kernel, fake kernel, gradient, oracle and one ``OpSpec``;
 ATen ops of the dialect share the table in ``aten.py``. Adding a neuron model is adding one file.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -17,7 +18,8 @@ from ntc.ops.interval import BoundRule
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType, type_of_tensor
 
 __all__ = [
-    "SPECS", "Counts", "Element", "OpSpec", "Operand", "TypeMismatch", "host_rule", "register", "spec_of", "timed",
+    "SPECS", "Counts", "Element", "OpSpec", "Operand", "Traffic", "TypeMismatch", "host_rule", "nonzero_products", "register",
+    "spec_of", "timed",
 ]  # fmt: skip
 
 
@@ -61,6 +63,40 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Data that one node moves on stated data, between memories and arithmetic. Additive over nodes, like ``Counts``.
+
+    Elements have the width that a table of energies states; bits are bits. Partial sums, scores and currents stay in registers.
+
+    Attributes:
+        weights: Stored numbers read, one for each operation that uses one: nothing is kept between two spikes or two tokens.
+        sweep: Elements of one pass over all that ``weights`` reads from, per token: what a memory moves that keeps a row for all
+            spikes of a token.
+        membranes: Membrane potentials read and written: two per update.
+        activations: Analog values and integers read and written: each argument once, each result once.
+        spikes: Bits of spike trains read and written.
+        cache: Elements of the keys and values that softmax attention reads again for each query.
+        spike_cache: Bits of the keys and values that spiking attention reads again for each query, parallel form.
+        state: Entries of the memory of spiking attention read and written, streaming form.
+    """
+
+    weights: float = 0.0
+    sweep: float = 0.0
+    membranes: float = 0.0
+    activations: float = 0.0
+    spikes: float = 0.0
+    cache: float = 0.0
+    spike_cache: float = 0.0
+    state: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, factor: float) -> Traffic:
+        return Traffic(*(getattr(self, f.name) * factor for f in fields(self)))
+
+
+@dataclass(frozen=True)
 class Operand:
     """A tensor argument or result of a node as the counting rules see it.
 
@@ -87,6 +123,7 @@ Element: TypeAlias = Literal["population", "projection", "dynamic_product", "dec
 TypeRule: TypeAlias = Callable[[Node, Callable[[Node], NodeType]], NodeType]
 MembraneRule: TypeAlias = Callable[[Sequence[Any], Tensor], tuple[Tensor, tuple[Any, ...]]]
 CountRule: TypeAlias = Callable[[Node, Sequence[Operand], Operand, dict[str, float]], Counts]
+MoveRule: TypeAlias = Callable[[Node, Sequence[Operand], Operand, dict[str, float]], Traffic]
 
 
 @dataclass(frozen=True)
@@ -98,8 +135,11 @@ class OpSpec:
         infer: Type rule; raises ``TypeMismatch`` for types that the op does not take.
         count: Operations from operands (tensor arguments in order), result and what ``measure`` returned;
             None = cannot be counted, which reports list.
+        moves: Data moved, from the same as ``count``; None = what ``ntc.ops.traffic.streamed`` says: each argument is read once and the
+            result written once.
         measure: Called with the tensor arguments and the result while rates are measured, for counts that need
-            more than numbers of non-zero elements.
+            more than numbers of non-zero elements; ``effective_macs`` in what it returns are those of ``Counts.macs`` whose
+            factors are both other than zero.
         element: What the node is in a netlist.
         kind: Where its energy is booked (``attention``, ``projection``, ``norm``, ...).
         onnx: For ops of ours: the body as an ONNX function in the text syntax of ``onnx.parser``; one after the other if the op
@@ -116,6 +156,7 @@ class OpSpec:
     target: Any
     infer: TypeRule
     count: CountRule | None = None
+    moves: MoveRule | None = None
     measure: Callable[[Sequence[Tensor], Tensor, Node], dict[str, float]] | None = None
     element: Element = "host"
     kind: str = "elementwise"
@@ -139,6 +180,12 @@ def register(spec: OpSpec) -> OpSpec:
 def spec_of(node: Node) -> OpSpec | None:
     """The spec of a node's op, or None if ntc has none (then it is an unknown analog op on the host)."""
     return SPECS.get(node.target)
+
+
+def nonzero_products(x: Tensor, weight: Tensor) -> float:
+    """Products of ``x W^T`` with both factors other than zero, for x ``[..., C]`` and W ``[N, C]``."""
+    used = (x != 0).flatten(0, -2).sum(0, dtype=torch.float64)
+    return float(used @ (weight != 0).sum(0, dtype=torch.float64))
 
 
 def timed(value: NodeType) -> bool:

@@ -39,6 +39,7 @@ from ntc.ops.attention import ONNX_MERGE, ONNX_SIZES, ONNX_SPLIT, split_heads
 from ntc.ops.causal_product import Decay, causal_product, causal_product_from, causal_product_gradients, decay_of
 from ntc.ops.if_neuron import check_constant
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.ops.traffic import remembered, spiking_rows
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType
 
 __all__ = [
@@ -327,7 +328,7 @@ SpikingAttention <heads, kv_heads> (query, key, value, leak) => (y)
 
 SPIKING_ATTENTION = register(
     OpSpec(
-        target=torch.ops.ntc.spiking_attention.default, infer=_infer, count=_count, measure=_measure,
+        target=torch.ops.ntc.spiking_attention.default, infer=_infer, count=_count, moves=spiking_rows, measure=_measure,
         element="dynamic_product", kind="attention", onnx=_ONNX,
     )
 )  # fmt: skip
@@ -393,7 +394,7 @@ SpikingAttentionStream <heads, kv_heads> (query, key, value, state, leak) => (y,
 """
 SPIKING_ATTENTION_STREAM = register(
     OpSpec(
-        target=torch.ops.ntc.spiking_attention_stream.default, infer=_infer_stream, count=_count_stream, measure=_measure_stream,
-        element="dynamic_product", kind="attention", onnx=_ONNX_STREAM,
+        target=torch.ops.ntc.spiking_attention_stream.default, infer=_infer_stream, count=_count_stream, moves=remembered,
+        measure=_measure_stream, element="dynamic_product", kind="attention", onnx=_ONNX_STREAM,
     )
 )  # fmt: skip

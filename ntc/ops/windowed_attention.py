@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.ops.attention import ONNX_MERGE, ONNX_SPLIT, merge_heads, split_heads
-from ntc.ops.spec import Counts, Operand, OpSpec, host_rule, register
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, host_rule, register
+from ntc.ops.traffic import causal, rows_of
 from ntc.spike_type import NodeType
 
 __all__ = ["SOFTMAX_ATTENTION", "WINDOWED_ATTENTION", "windowed_attention"]
@@ -109,10 +110,15 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     assert isinstance(heads, int) and isinstance(window, int)
     tokens = length * int(torch.tensor(batch).prod())
     width = operands[0].shape[-1] + result.shape[-1]  # QK^T and PV, all heads
-    w = min(window or length, length)
-    seen = w - w * (w - 1) / 2 / length  # mean of min(i + 1, w)
+    seen = causal(length, window)
     each = 3 + (5 if softcap else 0)  # softmax, and a tanh with its two scalings
     return Counts(dense_macs=tokens * length * width, macs=tokens * seen * width, elementwise=each * heads * tokens * seen)
+
+
+def _moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    window = node.args[6]
+    assert isinstance(window, int)
+    return rows_of(operands, result, causal(operands[0].shape[-2], window))
 
 
 # A cap of 0 would divide by 0, so it is 1 there and what it gives is not chosen. A window of 0 is the whole length.
@@ -155,7 +161,7 @@ WindowedAttention <heads, kv_heads, scale, window, softcap> (query, key, value) 
 {ONNX_MERGE}}}
 """
 WINDOWED_ATTENTION = register(
-    OpSpec(target=torch.ops.ntc.windowed_attention.default, infer=_infer, count=_count, kind="attention", onnx=_ONNX)
+    OpSpec(target=torch.ops.ntc.windowed_attention.default, infer=_infer, count=_count, moves=_moves, kind="attention", onnx=_ONNX)
 )
 
 SOFTMAX_ATTENTION = frozenset({torch.ops.ntc.attention.default, torch.ops.ntc.windowed_attention.default})

@@ -262,7 +262,7 @@ def test_energy(compiled: Path, text: Path) -> None:
 def test_energy_with_own_constants(compiled: Path, tmp_path: Path) -> None:
     from importlib.resources import files
 
-    standard = (files("ntc") / "data" / "energy_45nm.toml").read_text("utf-8")
+    standard = (files("ntc") / "data" / "energy" / "horowitz-45nm-fp32.toml").read_text("utf-8")
     own = tmp_path / "own.toml"
     own.write_text(re.sub(r"(?m)^mac = .*", "mac = 9.2", standard))
     before, after = result("energy", compiled), result("energy", compiled, "--constants", own)

@@ -325,6 +325,9 @@ def test_an_op_without_a_rule_is_listed_with_its_share(kind: str, macs: int) -> 
     assert found.snn.total().dense_macs == counted
     assert found.uncounted_share() == pytest.approx(macs / (macs + counted))
     assert found.to_json()["uncounted"] == found.uncounted()
+    found.require_counted(macs / (macs + counted))
+    with pytest.raises(DataError, match=rf"% of the dense multiply-accumulates are not counted, and 1 % are allowed: .* of {kind}\w* \(%"):
+        found.require_counted(0.01)
 
 
 def test_a_gpt2_has_nothing_uncounted(report: EnergyReport) -> None:

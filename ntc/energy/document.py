@@ -1,0 +1,255 @@
+"""The energy report as one HTML page that loads nothing: ``ntc energy DIR --report FILE``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ntc.energy.bars import Bar, stacked
+from ntc.energy.headline import headline
+from ntc.errors import ArtifactError
+
+__all__ = ["MARK", "check_place", "page", "write_page"]
+
+MARK = "<!-- made by ntc energy -->"
+"""In the second line of every page: a file with it may be written over."""
+
+_COLUMNS = (("compute", "compute"), ("compute_and_memory", "compute and memory"))
+_PARTS = (("attention", "attention block"), ("total", "everything"))
+_COUNTS = (
+    ("dense_macs", "dense MACs"), ("macs", "MACs"), ("effective_macs", "MACs with no factor zero"), ("acs", "ACs"),
+    ("graded_macs", "graded MACs"), ("neuron_updates", "membrane updates"), ("elementwise", "elementwise"), ("spikes", "spikes"),
+)  # fmt: skip
+
+
+def percent(share: float | None) -> str:
+    """A share that is saved, as text; of what takes more than twice as much, how many times."""
+    if share is None:
+        return "–"
+    return f"{1 - share:,.1f} × as much" if share < -1 else f"{100 * share:.1f} %"
+
+
+def count(number: float | None) -> str:
+    """A number of operations as text."""
+    if number is None:
+        return "not known"
+    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= limit:
+            return f"{number / {'T': 1e12, 'G': 1e9, 'M': 1e6, 'k': 1e3}[letter]:,.4g} {letter}"
+    return f"{number:,.4g}"
+
+
+def _unit(values: Iterable[float | None]) -> tuple[str, float]:
+    largest = max((v for v in values if v is not None), default=0.0)
+    units = (("J", 1e12), ("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3))
+    return next(((u, s) for u, s in units if largest >= s), ("pJ", 1.0))
+
+
+def page(data: Mapping[str, Any], name: str, command: str, versions: Mapping[str, str]) -> str:
+    """The HTML text.
+
+    Args:
+        data: ``EnergyReport.to_json`` with its sensitivity.
+        name: What was costed, for the title.
+        command: The command line that makes this report again.
+        versions: Of the programs that made it.
+    """
+    unit, size = _unit(data["total"]["columns"][1][key] for key in ("ann_pj", "snn_pj"))
+
+    def energy(value: float | None) -> str:
+        return "–" if value is None else f"{value / size:,.4g}"
+
+    first, second = headline(data)
+    return str(
+        _template().render(
+            mark=MARK, style=_part("page.css"), name=name, data=data, headline=first, second=second, percent=percent, count=count,
+            unit=unit, command=command, figures=_figures(data, unit, size), columns=_columns(data, energy),
+            baselines=_baselines(data, energy), operations=_operations(data), nodes=_nodes(data["nodes"]["snn"]),
+            levels=[
+                {**row, "ann": energy(row["ann_pj"]), "snn": energy(row["snn_pj"])} for row in data["sensitivity"]["total"]["levels"]
+            ],
+            numbers=data["sensitivity"]["total"]["numbers"], provenance=_provenance(data), facts=_facts(data, versions),
+            **_charts(data),
+        )
+    )  # fmt: skip
+
+
+def _figures(data: Mapping[str, Any], unit: str, size: float) -> list[dict[str, str]]:
+    compute, both, _ = data["total"]["columns"]
+    found = [
+        ("spiking, compute only", f"{compute['snn_pj'] / size:,.4g} {unit}", f"original {compute['ann_pj'] / size:,.4g} {unit}"),
+        ("spiking, with memory", f"{both['snn_pj'] / size:,.4g} {unit}", f"original {both['ann_pj'] / size:,.4g} {unit}"),
+    ]
+    if (perplexity := data["quality"]["perplexity"]) is not None:
+        found.append(("perplexity of this program", f"{perplexity:,.2f}", f"same {data['tokens']:,} tokens, same run"))
+    if data["firing_rate"] is not None:
+        found.append(("firing rate", f"{data['firing_rate']:.3f}", f"spikes per neuron and step, T = {data['steps']}"))
+    if (product := data["attention"]["steps_times_rate"]) is not None:
+        found.append(("T·r of spiking attention", f"{product:.2f}", "ACs per MAC that they replace"))
+    return [{"what": what, "value": value, "remark": remark} for what, value, remark in found]
+
+
+def _columns(data: Mapping[str, Any], energy: Any) -> list[dict[str, Any]]:
+    return [
+        {"part": said, **row, "ann": None if row["ann_pj"] is None else energy(row["ann_pj"]), "snn": energy(row["snn_pj"])}
+        for part, said in _PARTS
+        for row in data[part]["columns"]
+    ]
+
+
+def _baselines(data: Mapping[str, Any], energy: Any) -> list[dict[str, Any]]:
+    def even(value: float | None, form: str) -> str:
+        return "none" if value is None else form.format(value)
+
+    return [
+        {
+            "part": said, "baseline": row["baseline"], "column": column, "ann": energy(row[key]["ann_pj"]),
+            "snn": energy(row[key]["snn_pj"]), "reduction": row[key]["reduction"], "rate": even(row[key]["break_even_rate"], "{:.3g}"),
+            "steps": even(row[key]["break_even_steps"], "{:.3g}"),
+        }
+        for part, said in _PARTS
+        for row in data["baselines"][part]
+        for key, column in _COLUMNS
+    ]  # fmt: skip
+
+
+def _operations(data: Mapping[str, Any]) -> list[dict[str, str]]:
+    total = data["total"]
+    rows = [{"what": what, "ann": count(total["ann"][key]), "snn": count(total["snn"][key])} for key, what in _COUNTS]
+    for moved in data["moved"]:
+        if moved["ann_bytes"] or moved["snn_bytes"]:
+            what = f"bytes of {moved['data'].replace('_', ' ')} ({moved['level']})"
+            rows.append({"what": what, "ann": count(moved["ann_bytes"]), "snn": count(moved["snn_bytes"])})
+    return rows
+
+
+def _nodes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    def moved(row: Mapping[str, Any]) -> float:
+        return sum(float(value) for key, value in row.items() if key.endswith("_bytes"))
+
+    return [
+        {
+            "node": row["node"], "kind": row["kind"], "macs": count(row.get("macs", 0)), "acs": count(row.get("acs", 0)),
+            "updates": count(row.get("neuron_updates", 0)), "spikes": count(row.get("spikes", 0)), "bytes": count(moved(row)),
+            "pj": count(row["pj"]), "memory_pj": count(row["memory_pj"]),
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
+def _charts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Two bars per block, the original and the program: by kind of operation, and by what is moved."""
+    blocks = {b["block"]: "outside of blocks" if b["block"] == "outside" else b["block"] for b in data["blocks"]}
+    price = {m["data"]: m["pj_per_byte"] for m in data["moved"]}
+    by_kind: dict[tuple[str, str], dict[str, float]] = {}
+    by_data: dict[tuple[str, str], dict[str, float]] = {}
+    for side in ("ann", "snn"):
+        for row in data["nodes"][side]:
+            at = (row["block"] or "outside", side)
+            kinds, moved = by_kind.setdefault(at, {}), by_data.setdefault(at, {"compute": 0.0})
+            kinds[row["kind"]] = kinds.get(row["kind"], 0.0) + row["pj"]
+            moved["compute"] += row["pj"]
+            for name, picojoules in price.items():
+                if bytes_moved := row.get(f"{name}_bytes"):
+                    said = name.replace("_", " ")
+                    moved[said] = moved.get(said, 0.0) + bytes_moved * picojoules
+    charts = {}
+    for chart, found, label in (
+        ("by_kind", by_kind, "compute energy per block, by kind of operation"),
+        ("by_data", by_data, "energy per block, by what is moved"),
+    ):
+        bars = [
+            Bar(name if side == "ann" else "spiking", found.get((block, side), {}), side == "snn")
+            for block, name in blocks.items()
+            for side in ("ann", "snn")
+        ]
+        charts[chart] = stacked(bars, *_unit(sum(bar.parts.values()) for bar in bars), label)
+    return charts
+
+
+def _provenance(data: Mapping[str, Any]) -> list[dict[str, str]]:
+    constants, memory = data["constants"], data["memory"]
+    rows = []
+    for name in ("mac", "ac", "graded_mac", "update", "elementwise"):
+        rows.append(_number(name.replace("_", " "), constants[name], constants))
+    for level in memory["levels"]:
+        rows.append(_number(f"{level['level']}, {level['bits']} bits", level["picojoules"], memory, level["level"]))
+    rows.append(_number("partial sums", memory["partial_sum_accesses"], memory))
+    return rows
+
+
+def _number(said: str, nominal: float, table: Mapping[str, Any], name: str = "") -> dict[str, str]:
+    found = next((r for r in table["ranges"] if r["name"] in (name or said, said.replace(" ", "_"))), None)
+    low, high = (found["low"], found["high"]) if found else (nominal, nominal)
+    source = f"{found['source']}; {table['id']}" if found and found["source"] else table["id"]
+    return {"name": said, "low": f"{low:g}", "nominal": f"{nominal:g}", "high": f"{high:g}", "source": source}
+
+
+def _facts(data: Mapping[str, Any], versions: Mapping[str, str]) -> list[tuple[str, str]]:
+    constants, memory = data["constants"], data["memory"]
+    shared = memory["reuse_tokens"]
+    phase = "a weight is read for each token" if shared == 1 else f"{shared:,} tokens share one read of a weight"
+    bits = ", ".join(f"{name} {width}" for name, width in constants["bits"].items())
+    holds = ", ".join(f"{name.replace('_', ' ')} in {level}" for name, level in memory["holds"].items())
+    together = "together: membranes stay in registers" if memory["steps_together"] else "one after another: membranes are read and written"
+    return [
+        ("text", f"{data['data']}, sha256 of its token ids {data['data_sha256']}"),
+        ("measured", f"spikes, ACs, effective MACs and perplexity, on {data['tokens']:,} tokens in windows of {data['window']:,}"),
+        ("counted from shapes", "dense MACs, MACs, elementwise operations, bytes; of the original everything"),
+        ("phase", f"{data['phase']}: {phase}"),
+        ("time steps", together),
+        ("widths [bits]", bits),
+        ("memory", holds),
+        ("energies per operation", f"{constants['id']}: {constants['source']}; {constants['scope']}"),
+        ("energies of memory", f"{memory['id']}: {memory['source']}; {memory['scope']}"),
+        ("made by", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+
+
+def _part(name: str) -> str:
+    return files(__package__).joinpath("page", name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader(str(__package__), "page")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("page.html.j2")
+
+
+def check_place(out: Path) -> None:
+    """Refuse a place that cannot be written, or that holds something else than a page of ours, before any work is done.
+
+    Raises:
+        ArtifactError: Says what is there.
+    """
+    if out.is_dir():
+        raise ArtifactError(f"{out} is a folder; give a file, such as {out / 'report.html'}")
+    if not out.absolute().parent.is_dir():
+        raise ArtifactError(f"cannot write {out}: there is no folder {out.parent}")
+    if out.exists():
+        with out.open("rb") as file:
+            if MARK.encode() not in file.read(400):
+                raise ArtifactError(f"{out} is no page of ntc energy: it is left as it is; give another file")
+
+
+def write_page(out: Path, html: str) -> None:
+    """All or nothing: the page is written beside its place and renamed.
+
+    Raises:
+        ArtifactError: If it cannot be written.
+    """
+    beside = out.with_name(f".{out.name}.partial")
+    try:
+        beside.write_text(html, encoding="utf-8", newline="\n")
+        os.replace(beside, out)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
