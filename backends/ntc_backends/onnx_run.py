@@ -123,7 +123,7 @@ class Exposed:
             raise DisagreementError(f"the model has no node {name}")
         words, train = nodes[name].overload.split("."), node.meta["val"]
         steps, channels = int(train.shape[0]), int(train.shape[-1])
-        if "count" in words:
+        if "count" in words and nodes[name].op_type != "Encode":  # of an encoder it is the code of its train
             self.counts.add(name)
             return _Form(torch.uint8 if "uint8" in words else torch.int32, ["batch", "sequence", channels], None)
         if "packed" not in words:

@@ -127,11 +127,17 @@ def _reached(root: Node, forward: bool) -> list[Node]:
             if near in found or near.op != "call_function":
                 continue
             if near.target in _STEPS:
-                frontier.append(near)
+                if forward or not _adds_activations(near):  # in front of a sum there is another layer, and not the norm
+                    frontier.append(near)
             elif forward:
                 continue
             found[near] = None
     return list(found)
+
+
+def _adds_activations(node: Node) -> bool:
+    """Whether a node adds two values that depend on the input, as a residual stream does."""
+    return node.target is aten.add.Tensor and sum(a.op == "call_function" for a in node.all_input_nodes) > 1
 
 
 def _alike(program: Program, source: Node, result: Node) -> bool:
