@@ -250,8 +250,9 @@ def shapes_text() -> str:
         "All layers, T = 4, L = 1,024, rate 0.2, µJ per token:",
         table(["GPT-2", "ASA", "SSA", "saved", "ASA with memory", "SSA with memory", "saved"], size_rows(4, 1024, 0.2)),
         "### SDLLM's row",
-        f"SDLLM (arXiv 2604.16475) reports 31.77 J for LLaMA-2-7B, 3.97 J for a low-bit network and 0.67 J for its spikes. How these "
-        f"were counted is not said. Four ways to count a window of {tokens:,} tokens at 4.6 pJ per MAC:",
+        "SDLLM (arXiv 2604.16475) reports 31.77 J for LLaMA-2-7B, 3.97 J for a low-bit network and 0.67 J for its spikes. Constants of "
+        "45 nm without memory are named, and no more of how it was counted could be found. Four ways to count a window of "
+        f"{tokens:,} tokens at 4.6 pJ per MAC:",
         table(["attention", "lm_head", "10^12 MACs", "J"], convention_rows(tokens)),
         f"The first is {joules:.2f} J: fp32 MACs (not FP16, as the row is called) of the linear layers of 32 blocks and of all L x L "
         "scores, masked ones included, without `lm_head` and without memory. An eighth of it is "

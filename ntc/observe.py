@@ -105,6 +105,11 @@ class NodeCounts:
         """Of ``counts.macs`` those with both factors other than zero; where nothing was measured, all."""
         return self.measured.get("effective_macs", self.counts.macs)
 
+    @property
+    def effective_acs(self) -> float:
+        """Of ``counts.acs`` those that do not add a zero."""
+        return self.counts.acs - self.measured.get("zero_weight_acs", 0.0)
+
     def __mul__(self, factor: float) -> NodeCounts:
         measured = {key: value * factor for key, value in self.measured.items()}
         return replace(self, counts=self.counts * factor, traffic=self.traffic * factor, measured=measured)

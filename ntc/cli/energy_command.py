@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ntc.energy import EnergyReport
+    from ntc.text import Tokens
 
 __all__ = ["add_to"]
 
@@ -29,7 +31,7 @@ def add_to(app: typer.Typer) -> None:
         epilog="Examples:\n\n"
         "ntc energy build/demo --data examples/data/books-sample.txt\n\n"
         "ntc energy build/demo --constants horowitz-45nm-int8 --memory horowitz-45nm-dram --reuse 64 --sensitivity\n\n"
-        "ntc energy build/demo --data examples/data/books-sample.txt --report energy.html\n\n"
+        "ntc energy build/demo --data examples/data/books-sample.txt --quality --report energy.html\n\n"
         "ntc energy build/demo --strict 0.1% --json\n\n"
         "ntc energy --list-constants\n\n"
         "What is counted and assumed: docs/energy.md.",
@@ -52,6 +54,7 @@ def energy(
         int | None, typer.Option(help="Tokens that share one read of a weight: 1 = decoding, more = prefill (default: the table's).", min=1)
     ] = None,
     sensitivity: Annotated[bool, typer.Option("--sensitivity", help="Also with constants low and high, and one by one.")] = False,
+    quality: Annotated[bool, typer.Option("--quality", help="Also run the original, for its perplexity on the same tokens.")] = False,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the whole report as one HTML page without a network.")
     ] = None,
@@ -79,20 +82,21 @@ def energy(
             from ntc.energy.document import check_place
 
             check_place(report)
-        measured = _measured(output, folder, data, max_tokens, constants, memory, reuse)
+        measured = _measured(output, folder, data, max_tokens, constants, memory, reuse, quality)
         if allowed is not None:
             measured.require_counted(allowed)
         result = {"folder": str(folder), "report": None if report is None else str(report), **measured.to_json(sensitivity)}
         if report is not None:
             tables = {"--constants": constants or measured.constants.id, "--memory": memory or measured.memory.id, "--reuse": reuse}
             options = {"--data": data, "--max-tokens": max_tokens, **tables, "--strict": strict}
-            _write(report, folder, measured, options)
+            _write(report, folder, measured, options, quality)
         output.result(result, lambda console: show_energy(console, result))
 
 
 def _measured(
-    output: Output, folder: Path, data: Path | None, max_tokens: int, constants: str | None, memory: str | None, reuse: int | None
-) -> EnergyReport:
+    output: Output, folder: Path, data: Path | None, max_tokens: int, constants: str | None, memory: str | None, reuse: int | None,
+    quality: bool,
+) -> EnergyReport:  # fmt: skip
     from ntc import artifact
     from ntc.energy import load_constants, load_memory, measure_energy
 
@@ -102,14 +106,34 @@ def _measured(
         program, analog = artifact.load(folder), artifact.load_analog(folder)
         if analog is None:
             raise ArtifactError(f"{folder} has no analog.json, which energy is compared with; compile again")
+        if constants is None and "integer" in program.facts:
+            output.warn(f"{folder} computes with integers and is costed as fp32: give --constants horowitz-45nm-int8")
         tokens = tokens_for(output, folder, program, data, max_tokens, "firing rates are those of random tokens")
         report("energy", 0, len(tokens.windows))
-        return measure_energy(
+        measured = measure_energy(
             program, analog, tokens, numbers, hierarchy, progress=lambda done, total: report("energy", done, total)
         )  # fmt: skip
+        if not quality:
+            return measured
+        report("original", 0, 1)
+        return replace(measured, perplexity_ann=_perplexity(folder, program.info.source, tokens))
 
 
-def _write(out: Path, folder: Path, measured: EnergyReport, options: Mapping[str, object]) -> None:
+def _perplexity(folder: Path, source: str, tokens: Tokens) -> float:
+    """Of the original, where it was when it was compiled.
+
+    Raises:
+        ArtifactError: If it is not there any more.
+    """
+    from ntc.frontend import capture
+    from ntc.quality import perplexity
+
+    if not Path(source).exists():
+        raise ArtifactError(f"the model {source} that {folder} was compiled from is not there, and has no perplexity: leave --quality out")
+    return perplexity(capture(source), tokens)
+
+
+def _write(out: Path, folder: Path, measured: EnergyReport, options: Mapping[str, object], quality: bool) -> None:
     """The page, with the command line that makes it again."""
     import shlex
     from importlib.metadata import version
@@ -117,7 +141,7 @@ def _write(out: Path, folder: Path, measured: EnergyReport, options: Mapping[str
     from ntc.energy.document import page, write_page
 
     given = {**options, "--report": out}
-    words = ["ntc", "energy", str(folder), *(w for name, v in given.items() if v is not None for w in (name, str(v)))]
+    words = ["ntc", "energy", str(folder), *["--quality"] * quality, *(w for k, v in given.items() if v is not None for w in (k, str(v)))]
     versions = {name: version(name) for name in ("ntc-compiler", "torch")}
     write_page(out, page(measured.to_json(sensitivity=True), folder.name, shlex.join(words), versions))
 

@@ -45,7 +45,9 @@ def _about(result: Mapping[str, Any]) -> str:
     if result["firing_rate"] is not None:
         said.append(f"firing rate {result['firing_rate']:.3f}")
     if perplexity is not None:
-        said.append(f"perplexity of this very program {perplexity:,.2f}")
+        original = result["quality"]["perplexity_ann"]
+        beside = "" if original is None else f", of the original {original:,.2f}"
+        said.append(f"perplexity of this very program {perplexity:,.2f}{beside}")
     return "; ".join(said)
 
 

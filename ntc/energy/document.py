@@ -85,7 +85,9 @@ def _figures(data: Mapping[str, Any], unit: str, size: float) -> list[dict[str, 
         ("spiking, with memory", f"{both['snn_pj'] / size:,.4g} {unit}", f"original {both['ann_pj'] / size:,.4g} {unit}"),
     ]
     if (perplexity := data["quality"]["perplexity"]) is not None:
-        found.append(("perplexity of this program", f"{perplexity:,.2f}", f"same {data['tokens']:,} tokens, same run"))
+        original = data["quality"]["perplexity_ann"]
+        beside = "same run" if original is None else f"original {original:,.2f}"
+        found.append(("perplexity of this program", f"{perplexity:,.2f}", f"{beside}, same {data['tokens']:,} tokens"))
     if data["firing_rate"] is not None:
         found.append(("firing rate", f"{data['firing_rate']:.3f}", f"spikes per neuron and step, T = {data['steps']}"))
     if (product := data["attention"]["steps_times_rate"]) is not None:

@@ -76,6 +76,7 @@ class EnergyReport:
         roles: Role of each population, by node name.
         firing_rate: Spikes per neuron and step over all populations; None if nothing spikes.
         perplexity: Of the program, on the same tokens; None if no window has a next token.
+        perplexity_ann: Of the original, on the same tokens; None if it was not run.
         stored: What NeuroBench asks of the weights: ``footprint`` [bytes] and ``connection_sparsity``.
     """
 
@@ -90,6 +91,7 @@ class EnergyReport:
     roles: Mapping[str, str] = field(default_factory=dict)
     firing_rate: float | None = None
     perplexity: float | None = None
+    perplexity_ann: float | None = None
     stored: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -207,7 +209,7 @@ class EnergyReport:
             "connection_sparsity": self.stored.get("connection_sparsity"),
             "activation_sparsity": None if self.firing_rate is None else 1 - self.firing_rate,
             "synaptic_operations": {
-                "Effective_MACs": effective, "Effective_ACs": total.acs,
+                "Effective_MACs": effective, "Effective_ACs": sum(n.effective_acs for n in self.snn.per_token),
                 "Dense": sum(n.counts.dense_macs * max(1, n.steps) for n in self.snn.per_token),
             },
             "membrane_updates": total.neuron_updates,
@@ -252,7 +254,7 @@ class EnergyReport:
             "uncounted": self.uncounted(),
             "uncounted_share": self.uncounted_share(),
             "neurobench": self.neurobench(),
-            "quality": {"perplexity": self.perplexity},
+            "quality": {"perplexity": self.perplexity, "perplexity_ann": self.perplexity_ann},
             "steps": self.steps,
             "firing_rate": rate,
             "tokens": self.snn.tokens,

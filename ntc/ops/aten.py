@@ -16,7 +16,18 @@ from torch.fx import Node
 
 from ntc.meta import TYPE
 from ntc.ops.interval import Bound, BoundRule, Interval, as_interval
-from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, TypeMismatch, host_rule, nonzero_products, register, timed
+from ntc.ops.spec import (
+    Counts,
+    Operand,
+    OpSpec,
+    Traffic,
+    TypeMismatch,
+    host_rule,
+    nonzero_products,
+    products_with_zero_weights,
+    register,
+    timed,
+)
 from ntc.ops.traffic import looked_up, matrix, rows_of, still, streamed
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, Scale, SpikeType
 
@@ -54,10 +65,11 @@ def _linear_count(node: Node, operands: Sequence[Operand], result: Operand, meas
 
 
 def _linear_measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str, float]:
-    """Of spikes the counting rule knows all that it needs."""
+    """What the counting rule does not ask: which factors are zero. It knows the spikes, and takes no weight for zero."""
     x = node.args[0]
-    is_train = isinstance(x, Node) and timed(x.meta.get(TYPE, ANALOG))
-    return {} if is_train else {"effective_macs": nonzero_products(*tensors[:2])}
+    if isinstance(x, Node) and timed(x.meta.get(TYPE, ANALOG)):
+        return {"zero_weight_acs": products_with_zero_weights(*tensors[:2])}
+    return {"effective_macs": nonzero_products(*tensors[:2])}
 
 
 def _linear_moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -18,8 +17,8 @@ from ntc.ops.interval import BoundRule
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType, type_of_tensor
 
 __all__ = [
-    "SPECS", "Counts", "Element", "OpSpec", "Operand", "Traffic", "TypeMismatch", "host_rule", "nonzero_products", "register",
-    "spec_of", "timed",
+    "SPECS", "Counts", "Element", "OpSpec", "Operand", "Traffic", "TypeMismatch", "host_rule", "nonzero_products",
+    "products_with_zero_weights", "register", "spec_of", "timed",
 ]  # fmt: skip
 
 
@@ -139,7 +138,7 @@ class OpSpec:
             result written once.
         measure: Called with the tensor arguments and the result while rates are measured, for counts that need
             more than numbers of non-zero elements; ``effective_macs`` in what it returns are those of ``Counts.macs`` whose
-            factors are both other than zero.
+            factors are both other than zero, ``zero_weight_acs`` those of ``Counts.acs`` that add a zero.
         element: What the node is in a netlist.
         kind: Where its energy is booked (``attention``, ``projection``, ``norm``, ...).
         onnx: For ops of ours: the body as an ONNX function in the text syntax of ``onnx.parser``; one after the other if the op
@@ -184,8 +183,17 @@ def spec_of(node: Node) -> OpSpec | None:
 
 def nonzero_products(x: Tensor, weight: Tensor) -> float:
     """Products of ``x W^T`` with both factors other than zero, for x ``[..., C]`` and W ``[N, C]``."""
-    used = (x != 0).flatten(0, -2).sum(0, dtype=torch.float64)
-    return float(used @ (weight != 0).sum(0, dtype=torch.float64))
+    return float(x.count_nonzero()) * weight.shape[0] - products_with_zero_weights(x, weight)
+
+
+def products_with_zero_weights(x: Tensor, weight: Tensor) -> float:
+    """Products of ``x W^T`` whose factor from W is zero and whose factor from x is not; few columns of W hold a zero."""
+    if int(weight.count_nonzero()) == weight.numel():
+        return 0.0
+    zeros = (weight == 0).sum(0)
+    columns = zeros.nonzero().flatten()
+    used = (x[..., columns] != 0).flatten(0, -2).sum(0)
+    return float(used.double() @ zeros[columns].double())
 
 
 def timed(value: NodeType) -> bool:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.attention import ONNX_MERGE, ONNX_SIZES, ONNX_SPLIT, split_heads
+from ntc.ops.attention import ONNX_MERGE, ONNX_SIZES, ONNX_SPLIT, spikes_per_head, split_heads
 from ntc.ops.causal_product import Decay, causal_product, causal_product_from, causal_product_gradients, decay_of
 from ntc.ops.if_neuron import check_constant
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
@@ -238,35 +238,35 @@ def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str,
     Streaming: each coincidence of K_j and V_j changes one entry of M (``write``); each spike of Q_i adds one row of M (``read``); a
     leak multiplies the whole of M (``leak``).
     """
-    query, key, value = (t.detach() for t in tensors[:3])
+    query, key, value = (t.detach().float() for t in tensors[:3])
     leak = tensors[3] if len(tensors) > 3 else None
     heads, kv_heads = node.args[3], node.args[4]
     assert isinstance(heads, int) and isinstance(kv_heads, int)
     per_channel = leak is not None and leak.shape[0] not in (1, kv_heads)
-    q, k, v = split_heads(query, heads), _grouped(key, heads, kv_heads), _grouped(value, heads, kv_heads)
-    # Spikes of either sign per token, in float64: sums over a corpus exceed 2**24.
-    q_spikes, v_spikes = (x.abs().sum(-1, dtype=torch.float64) for x in (q, v))
-    position = torch.arange(1, q.shape[-2] + 1, dtype=torch.float64, device=q.device)
+    q, k = split_heads(query, heads), _grouped(key, heads, kv_heads)
+    v_spikes = spikes_per_head(value, kv_heads).repeat_interleave(heads // kv_heads, dim=-2)
     if per_channel:  # coincidences of either sign fade at different rates, and no longer cancel
         q, k = q.abs(), k.abs()
-    values = decays = 0.0
+    columns, sums, faded = torch.stack([v_spikes, torch.ones_like(v_spikes)], -1), torch.zeros(2, dtype=torch.float64), 0.0
     for start in range(0, q.shape[-2], CHUNK):
         stop = min(start + CHUNK, q.shape[-2])
-        # Signed: coincidences that cancel leave a score of zero, and nothing is added.
-        scores = (q[..., start:stop, :] @ k[..., :stop, :].transpose(-2, -1)).tril(start)
-        reached = (scores != 0).sum(-2)
-        values += float((reached * v_spikes[..., :stop]).sum())
-        if leak is not None:
-            decays += float(scores.sum(dtype=torch.float64) if per_channel else reached.sum())
+        # Signed: coincidences that cancel leave a score of zero, and nothing is added. The sums of a query are exact in float32.
+        scores = q[..., start:stop, :] @ k[..., :stop, :].transpose(-2, -1)
+        scores[..., start:].tril_()
+        faded += float(scores.sum(dtype=torch.float64)) if per_channel else 0.0
+        sums += (scores.ne_(0) @ columns[..., :stop, :]).flatten(0, -2).sum(0, dtype=torch.float64)
+    decays = faded if per_channel else float(sums[1])
     leaking = {} if leak is None else {"decays": decays, "leak": float(key.numel() * (value.shape[-1] // kv_heads))}
-    streaming = _stream_work(query, key, value, heads, kv_heads)
-    return {"scores": float((q_spikes * position).sum()), "values": values, **streaming, **leaking}
+    position = torch.arange(1, q.shape[-2] + 1, dtype=torch.float64, device=q.device)
+    scored = float((spikes_per_head(query, heads).double() @ position).sum())
+    return {"scores": scored, "values": float(sums[0]), **_stream_work(query, key, value, heads, kv_heads), **leaking}
 
 
 def _stream_work(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int) -> dict[str, float]:
     """Additions that spikes cause in the streaming form; there is one M per key head."""
-    k, v = (split_heads(x, kv_heads).abs().sum(-1, dtype=torch.float64) for x in (key, value))
-    return {"write": float((k * v).sum()), "read": float(query.abs().sum(dtype=torch.float64)) * (value.shape[-1] // kv_heads)}
+    k, v = (spikes_per_head(x.float(), kv_heads).double() for x in (key, value))
+    reads = query.float().abs().sum(-1).sum(dtype=torch.float64)
+    return {"write": float((k * v).sum()), "read": float(reads) * (value.shape[-1] // kv_heads)}
 
 
 def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:

@@ -12,7 +12,8 @@ from tests.cli.test_commands import check_keys, result, shown
 
 
 def test_columns_baselines_and_sensitivity(compiled: Path, text: Path) -> None:
-    data = result("energy", compiled, "--data", text, "--max-tokens", 48, "--sensitivity")
+    data = result("energy", compiled, "--data", text, "--max-tokens", 48, "--sensitivity", "--quality")
+    assert data["quality"]["perplexity_ann"] > 1
     check_keys("energy", data)
     compute, both, placed = data["total"]["columns"]
     assert compute["ann_pj"] < both["ann_pj"] and placed["ann_pj"] is None
@@ -68,6 +69,30 @@ def test_the_report(compiled: Path, text: Path, tmp_path: Path) -> None:
     out.write_text("notes")
     refused(*options[1:], says="is no page of ntc energy: it is left as it is")
     assert out.read_text() == "notes"
+
+
+def test_integers_costed_as_fp32_are_a_warning(compiled: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ntc import artifact
+
+    loaded = artifact.load(compiled)
+    loaded.facts = loaded.facts | {"integer"}
+    monkeypatch.setattr(artifact, "load", lambda folder: loaded)
+    options = ("energy", compiled, "--data", text, "--max-tokens", 24)
+    says = "computes with integers and is costed as fp32: give --constants horowitz-45nm-int8"
+    assert says in " ".join(run_ntc(*options).err.split())
+    assert says not in " ".join(run_ntc(*options, "--constants", "horowitz-45nm-int8").err.split())
+
+
+def test_an_original_that_is_gone(copied: Path, text: Path) -> None:
+    import json
+
+    from ntc.artifact import read_manifest
+
+    manifest = copied / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(json.dumps(read_manifest(copied)["info"]["source"]), '"nowhere/model"'))
+    options = (copied, "--data", text, "--max-tokens", 24)
+    refused(*options, "--quality", says="the model nowhere/model that")
+    assert result("energy", *options)["quality"]["perplexity_ann"] is None
 
 
 def refused(*arguments: object, says: str) -> None:

@@ -58,6 +58,12 @@ def test_the_page_says_what_the_report_does(data: dict[str, Any]) -> None:
     assert text == html(data), "the same report gives the same bytes"
 
 
+def test_the_originals_quality_stands_beside(data: dict[str, Any]) -> None:
+    assert "original 60.70, same 96 tokens" in html({**data, "quality": {"perplexity": 61.5, "perplexity_ann": 60.7}})
+    assert "same run, same 96 tokens" in html(data)
+    assert "perplexity" not in html({**data, "quality": {"perplexity": None, "perplexity_ann": None}}).split("</header>")[0]
+
+
 def test_uncounted_ops_are_listed(data: dict[str, Any]) -> None:
     row = {"side": "ann", "node": "einsum", "op": "einsum", "module": "m", "macs": 64.0}
     text = html({**data, "uncounted": [row], "uncounted_share": 0.25})
@@ -159,5 +165,7 @@ def test_a_browser_shows_it(browser: Any, data: dict[str, Any], tmp_path: Path, 
     view.locator("summary").click()
     assert view.locator("details tbody tr").count() == len(data["nodes"]["snn"])
     view.emulate_media(media="print")
+    view.set_viewport_size({"width": 690, "height": 980})  # A4 between its margins
     assert view.evaluate("getComputedStyle(document.querySelector('main')).maxWidth") == "none"
+    assert view.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), "a printed table is not cut off"
     context.close()
