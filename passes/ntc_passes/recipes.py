@@ -57,14 +57,14 @@ SDLLM = Recipe(
     name="sdllm",
     summary="Nothing trained: the residual stream rotated, ternary counts in front of every linear layer.",
     source="SDLLM, arXiv 2604.16475: LLaMA2-7B, mean of five zero-shot tasks 61.09 against 63.72 in FP16, with 4-bit weights and spiking "
-    "attention products, which this recipe does not have; perplexities are not reported (docs/recipes.md)",
+    "attention products, which this recipe does not have; no perplexity of it is known to us (docs/recipes.md)",
     spiking="the inputs of all linear layers: Q, K, V and output projections, FFN, lm_head",
     analog="the attention products (Q K, P V) and softmax, RMSNorm, SiLU and the gated product, rotary positions, embeddings, residual "
-    "stream; weights in float; the step of each token is measured while the network runs",
+    "stream; weights in float; the step of each token is measured, and the gated product transformed, while the network runs",
     steps=(
         Step("canonicalize"),
         Step("fold-norms"),
-        Step("rotate"),
+        Step("rotate", {"online": "ffn"}),  # without it the gated product keeps its outliers (docs/recipes.md)
         Step("encode-linears", {"code": "count", "steps": 7, "scale": "token"}),  # 4 bits: 2^3 - 1 steps, bidirectional
     ),
 )

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import CURRENT, RATE, SPIKES, Constant, counts, dyadics, infer, operand, random, same_layout
+from op_cases import CURRENT, RATE, SPIKES, Constant, counts, dyadics, infer, node_of, operand, random, same_layout
 
 from ntc.ops import Counts, TypeMismatch, decode, encode, token_step
 from ntc.ops.encode import levels_of, membrane
+from ntc.rounding import margins
 from ntc.spike_type import ANALOG, INDEX, SpikeType
 
 OP, STEP = torch.ops.ntc.encode.default, torch.ops.ntc.token_step.default
@@ -169,3 +170,14 @@ def test_the_membrane_tells_what_was_fired(code):
     spikes = encode(x, step, 4, code)
     u, (up, down) = membrane((x, step, 4, code), spikes)
     assert torch.equal((u >= up).double() - (u <= down).double(), spikes)
+
+
+def test_a_spike_more_is_a_tie_only_at_the_threshold():
+    """Token 0 codes 2.5 - 1e-6 of its steps, token 1 2.4 of them: one more spike is within rounding of the first only."""
+    x, step = torch.tensor([[[2.5 - 1e-6, 7.0], [4.8, -7.0]]], dtype=torch.float64), torch.tensor([[[1.0], [2.0]]], dtype=torch.float64)
+    node, _ = node_of(OP, ANALOG, ANALOG, 7, "count")
+    node.meta["val"] = encode(x, step, 7, "count")
+    other = node.meta["val"].clone()
+    other[2, 0, :, 0] = 1.0
+    found = margins(node, (x, step, 7, "count"), other, (torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0, 0])))
+    torch.testing.assert_close(found, torch.tensor([1e-6, 0.1], dtype=torch.float64), rtol=1e-3, atol=0)

@@ -198,7 +198,7 @@ def test_options() -> None:
 def test_the_recipe_sdllm(tmp_path: Path) -> None:
     found = ntc.compile(model("llama"), recipe="sdllm")
     ops = count_ops(found.program)
-    assert ops["ntc.encode"] == 9 and ops["ntc.attention"] == 2 and ops["rms_norm"] == 5
+    assert ops["ntc.encode"] == 9 and ops["ntc.attention"] == 2 and ops["rms_norm"] == 5 and ops["ntc.hadamard"] == 2
     report = ntc.write(found, tmp_path / "made", emit=("onnx",), tokens=TOKENS.windows[:2])
     held = report["onnx"]["held"]  # the same spikes from the same input, up to ties: what differs more is an error
     assert held["spikes"] > 10_000 and held["spike_mismatches"] <= 3 * 9
