@@ -13,6 +13,8 @@ from ntc.cli.tables import heading, show_attention, unit_for
 
 __all__ = ["show_constants", "show_energy"]
 
+_PAPER_RANGE = "0.75 to 1.80"  # T·r at which 0.9 pJ per AC save 64.71 to 85.28 % of 4.6 pJ per MAC: docs/energy.md
+
 
 def show_energy(console: Console, result: Mapping[str, Any]) -> None:
     """The whole report: what it is of, both columns, baselines, where energy goes, counts, what is not counted, sources."""
@@ -44,6 +46,8 @@ def _about(result: Mapping[str, Any]) -> str:
     said = [phase]
     if result["firing_rate"] is not None:
         said.append(f"firing rate {result['firing_rate']:.3f}")
+    if (product := result["attention"]["steps_times_rate"]) is not None:
+        said.append(f"T·r of spiking attention {product:.2f} (the NeurTransformer paper's savings: {_PAPER_RANGE})")
     if perplexity is not None:
         original = result["quality"]["perplexity_ann"]
         beside = "" if original is None else f", of the original {original:,.2f}"
