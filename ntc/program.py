@@ -148,11 +148,12 @@ class Program:
         """Give nodes and tensors the names that they asked for, where those have become free; returns renamed tensors."""
         live = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
         renamed: dict[str, Tensor] = {}
+        given: dict[str, str] = {}  # new name -> old name: of two tensors that ask for one name the first gets it
         for node in self.graph.nodes:
             old = str(node.target)
             wanted = self._wanted.get(old, old)
-            if node.op == "get_attr" and wanted != old and (wanted not in live or wanted in renamed):
-                renamed[wanted] = self.tensor(old)
+            if node.op == "get_attr" and wanted != old and (wanted not in live or given.get(wanted) == old):
+                renamed[wanted], given[wanted] = self.tensor(old), old
                 node.target = wanted
                 live.discard(old)
                 live.add(wanted)

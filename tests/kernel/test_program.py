@@ -127,6 +127,20 @@ def test_new_tensors_take_free_names(program: Program) -> None:
     assert not torch.equal(program.tensor("transformer.ln_f.weight"), torch.ones(32))
 
 
+def test_two_tensors_that_ask_for_one_name_stay_two(program: Program) -> None:
+    """Both replace a norm's weight; only one of them can have its name."""
+    work = program.copy()
+    for number, norm in enumerate((work.find("h_0_ln_1"), work.find("h_0_ln_2"))):
+        name = work.add_tensor("transformer.ln_f.weight", torch.full((32,), float(number + 2)))
+        with building(work.graph, before=norm, stands_for=[norm], by="test") as call:
+            norm.update_arg(2, call(name))
+    work.find("ln_f").update_arg(2, None)  # so that the name becomes free
+    work.refresh()
+    values = [work.tensor(work.find(name).args[2]) for name in ("h_0_ln_1", "h_0_ln_2")]
+    assert [float(v[0]) for v in values] == [2.0, 3.0]
+    assert "transformer.ln_f.weight" in work.tensors
+
+
 def test_every_parameter_once(program: Program) -> None:
     assert sum(p.numel() for p in program.parameters()) == program.info.parameters
 
