@@ -83,7 +83,7 @@ def test_version_help_and_module() -> None:
 
 
 COMMANDS = (
-    "compile", "check", "finetune", "quantize", "evaluate", "generate", "energy", "export", "verify", "explain", "passes", "backends",
+    "compile", "check", "finetune", "quantize", "evaluate", "generate", "energy", "export", "sweep", "verify", "explain", "passes", "backends",
     "recipes", "inspect", "simulate",
 )  # fmt: skip
 
