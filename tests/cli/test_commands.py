@@ -156,7 +156,7 @@ def test_check_tells_what_cannot_be_converted(tmp_path: Path) -> None:
     check_keys("check", data)
     assert not data["ok"]
     required = [f for f in data["findings"] if f["required"]]
-    assert [(f["stage"], f["node"]) for f in required] == [("convert-ffn", f"h_{block}_mlp_act_silu") for block in (0, 1)]
+    assert [(f["stage"], f["node"]) for f in required] == [("convert-ffn", f"h_{block}_mlp_act") for block in (0, 1)]
     assert {n["becomes"] for n in data["nodes"] if n["op"] == "ntc.attention"} == {"spiking"}  # the rest goes on
     human = run_ntc("check", tmp_path / "silu")
     assert human.code == 1
