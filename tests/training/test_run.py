@@ -16,6 +16,7 @@ import torch
 import ntc
 from ntc import artifact
 from ntc.errors import ArtifactError, ConfigError, DataError, TrainingError
+from ntc.loading import load_tokenizer
 from ntc.program import Program
 from ntc.quality import perplexity
 from ntc.text import tokens_from
@@ -63,7 +64,7 @@ def test_it_gets_better_and_its_figures_can_be_measured_again(found: Finetuned, 
     assert data["perplexity_after"] < data["perplexity_before"]
     assert data["steps"] == 12
     assert data["tokens"] == TOKENS
-    tokenizer = ntc.frontend.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     ids = torch.tensor(tokenizer(text.read_text())["input_ids"])
     held_out = ntc.text.Tokens(ids[-data["validation"]["tokens"] :].view(-1, 24), "", "")
     assert perplexity(ntc.load(compiled), held_out) == pytest.approx(data["perplexity_before"], rel=1e-5)
@@ -167,7 +168,7 @@ def test_a_baseline_from_an_earlier_run(written: Path, compiled: Path, text: Pat
 
 def test_programs_and_models_as_teachers(compiled: Path, model: Path, written: Path, original: Program, text: Path) -> None:
     program = ntc.load(compiled)
-    tokenizer = ntc.frontend.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     short = config(max_tokens=8 * 24 * 2)
     by_default = finetune(program, text, config=short, tokenizer=tokenizer)
     by_name = finetune(program, text, config=short, tokenizer=tokenizer, teacher=model)
@@ -181,7 +182,7 @@ def test_programs_and_models_as_teachers(compiled: Path, model: Path, written: P
 
 def test_no_teacher_is_needed_without_distillation(compiled: Path, text: Path, tmp_path: Path) -> None:
     program = ntc.load(compiled).named(str(tmp_path / "gone"))
-    tokenizer = ntc.frontend.load_tokenizer(compiled / "tokenizer")
+    tokenizer = load_tokenizer(compiled / "tokenizer")
     found = finetune(program, text, config=config(ce=1.0, kl=0.0, max_tokens=8 * 24 * 2), tokenizer=tokenizer)
     assert found.teacher == ""
     assert found.perplexity_ann is None
@@ -200,7 +201,7 @@ def test_validation_text_of_its_own(compiled: Path, text: Path, original: Progra
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("the dog sleeps. " * 40)
     found = finetune(compiled, text, config=config(max_tokens=8 * 24 * 2, validation_windows=5), validation=held_out, teacher=original)
-    tokens = tokens_from(held_out, ntc.frontend.load_tokenizer(compiled / "tokenizer"), 24, 5 * 24)
+    tokens = tokens_from(held_out, load_tokenizer(compiled / "tokenizer"), 24, 5 * 24)
     assert found.validation["sha256"] == tokens.sha256
     assert found.to_json()["perplexity_before"] == pytest.approx(perplexity(ntc.load(compiled), tokens), rel=1e-5)
 
