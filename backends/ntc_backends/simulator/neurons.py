@@ -5,6 +5,8 @@ A block of neurons that fits the cache goes through all T steps before the next 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ntc.errors import BackendError
@@ -56,18 +58,20 @@ class Population:
 
     def _fire(self, x: Array, spikes: Array, timed: bool, piece: Piece) -> None:
         """All steps of some rows, into ``spikes``."""
-        e, theta = self.element, self.threshold
+        e = self.element
+        theta: Any = self.dtype.type(1) if self.folded else self.threshold
         v: Array = np.empty(x.shape[-2:], dtype=self.dtype)
-        v[...] = self.start
+        before: Array = self.start  # the membrane's, one row until there is one for each token
         change = np.empty_like(v)
         for t in range(e.steps):
             if e.model == "if":
-                np.add(v, x[t] if timed else x, out=v)
+                np.add(before, x[t] if timed else x, out=v)
             else:
-                np.subtract(x[t] if timed else x, v, out=change)
+                np.subtract(x[t] if timed else x, before, out=change)
                 assert self.tau is not None
                 np.divide(change, self.tau, out=change)
-                np.add(v, change, out=v)
+                np.add(before, change, out=v)
+            before = v
             piece.counter.membrane(e.name, v.min().item(), v.max().item())
             s = spikes[t]
             np.greater_equal(v, theta, out=s.view(np.bool_))
