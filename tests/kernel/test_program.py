@@ -137,7 +137,7 @@ def test_two_tensors_that_ask_for_one_name_stay_two(program: Program) -> None:
     work.find("ln_f").update_arg(2, None)  # so that the name becomes free
     work.refresh()
     values = [work.tensor(work.find(name).args[2]) for name in ("h_0_ln_1", "h_0_ln_2")]
-    assert [float(v[0]) for v in values] == [2.0, 3.0]
+    assert [v[0].item() for v in values] == [2.0, 3.0]
     assert "transformer.ln_f.weight" in work.tensors
 
 
