@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 
 from ntc.errors import ArtifactError
 
-__all__ = ["MANIFEST", "check_output", "is_artifact", "reason_of", "replacing_folder", "umask", "undisturbed"]
+__all__ = [
+    "MANIFEST", "check_output", "check_page", "is_artifact", "reason_of", "replacing_folder", "umask", "undisturbed", "write_page",
+]  # fmt: skip
 
 MANIFEST = "manifest.json"
 
@@ -138,3 +140,41 @@ def reason_of(error: BaseException) -> str:
     """What an error of a Rust library means for a person: its texts quote the operating system in debug form."""
     quoted = re.search(r'message: "([^"]*)"', str(error))
     return quoted[1] if quoted else str(error)
+
+
+def check_page(out: Path, mark: str, command: str, example: str) -> None:
+    """Refuse a place for a page that cannot be written, or that holds something else than such a page, before any work is done.
+
+    Args:
+        out: The file.
+        mark: A comment that every page of the command begins with.
+        command: Who makes it.
+        example: A name for the file, for the sentence.
+
+    Raises:
+        ArtifactError: Says what is there.
+    """
+    if out.is_dir():
+        raise ArtifactError(f"{out} is a folder; give a file, such as {out / example}")
+    if not out.absolute().parent.is_dir():
+        raise ArtifactError(f"cannot write {out}: there is no folder {out.parent}")
+    if out.exists():
+        with out.open("rb") as file:
+            if mark.encode() not in file.read(400):
+                raise ArtifactError(f"{out} is no page of {command}: it is left as it is; give another file")
+
+
+def write_page(out: Path, html: str) -> None:
+    """All or nothing: the page is written beside its place and renamed.
+
+    Raises:
+        ArtifactError: If it cannot be written.
+    """
+    beside = out.with_name(f".{out.name}.partial")
+    try:
+        beside.write_text(html, encoding="utf-8", newline="\n")
+        os.replace(beside, out)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)

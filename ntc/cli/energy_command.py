@@ -12,6 +12,7 @@ from ntc.cli.energy_tables import show_constants, show_energy
 from ntc.cli.output import JsonFlag, Output, VerboseFlag, session
 from ntc.cli.texts import tokens_for
 from ntc.errors import ArtifactError, ConfigError
+from ntc.folders import check_page, write_page
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,9 +80,9 @@ def energy(
             raise ConfigError("ntc energy takes DIR, a folder that ntc compile wrote; --list-constants lists tables of constants")
         allowed = None if strict is None else _share(strict)
         if report is not None:
-            from ntc.energy.document import check_place
+            from ntc.energy.document import MARK
 
-            check_place(report)
+            check_page(report, MARK, "ntc energy", "report.html")
         measured = _measured(output, folder, data, max_tokens, constants, memory, reuse, quality)
         if allowed is not None:
             measured.require_counted(allowed)
@@ -138,7 +139,7 @@ def _write(out: Path, folder: Path, measured: EnergyReport, options: Mapping[str
     import shlex
     from importlib.metadata import version
 
-    from ntc.energy.document import page, write_page
+    from ntc.energy.document import page
 
     given = {**options, "--report": out}
     words = ["ntc", "energy", str(folder), *["--quality"] * quality, *(w for k, v in given.items() if v is not None for w in (k, str(v)))]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from ntc.energy.bars import Bar, stacked
 from ntc.energy.headline import headline
-from ntc.errors import ArtifactError
 
-__all__ = ["MARK", "check_place", "page", "write_page"]
+__all__ = ["MARK", "page"]
 
 MARK = "<!-- made by ntc energy -->"
 """In the second line of every page: a file with it may be written over."""
@@ -223,35 +220,3 @@ def _template() -> Any:
     loader = PackageLoader(str(__package__), "page")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("page.html.j2")
-
-
-def check_place(out: Path) -> None:
-    """Refuse a place that cannot be written, or that holds something else than a page of ours, before any work is done.
-
-    Raises:
-        ArtifactError: Says what is there.
-    """
-    if out.is_dir():
-        raise ArtifactError(f"{out} is a folder; give a file, such as {out / 'report.html'}")
-    if not out.absolute().parent.is_dir():
-        raise ArtifactError(f"cannot write {out}: there is no folder {out.parent}")
-    if out.exists():
-        with out.open("rb") as file:
-            if MARK.encode() not in file.read(400):
-                raise ArtifactError(f"{out} is no page of ntc energy: it is left as it is; give another file")
-
-
-def write_page(out: Path, html: str) -> None:
-    """All or nothing: the page is written beside its place and renamed.
-
-    Raises:
-        ArtifactError: If it cannot be written.
-    """
-    beside = out.with_name(f".{out.name}.partial")
-    try:
-        beside.write_text(html, encoding="utf-8", newline="\n")
-        os.replace(beside, out)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)

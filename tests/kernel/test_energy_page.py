@@ -14,9 +14,10 @@ from programs import TOKENS, canonical, spiking
 
 from ntc.energy import load_constants, measure_energy
 from ntc.energy.bars import Bar, stacked
-from ntc.energy.document import MARK, check_place, count, page, percent, write_page
+from ntc.energy.document import MARK, count, page, percent
 from ntc.energy.headline import headline
 from ntc.errors import ArtifactError
+from ntc.folders import check_page, write_page
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
 
@@ -107,16 +108,16 @@ def test_bars_add_up() -> None:
 
 def test_places_that_are_refused(tmp_path: Path, data: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match=r"is a folder; give a file, such as .*report.html"):
-        check_place(tmp_path)
+        check_page(tmp_path, MARK, "ntc energy", "report.html")
     with pytest.raises(ArtifactError, match="there is no folder"):
-        check_place(tmp_path / "none" / "x.html")
+        check_page(tmp_path / "none" / "x.html", MARK, "ntc energy", "report.html")
     mine = tmp_path / "mine.html"
     mine.write_text("my notes")
     with pytest.raises(ArtifactError, match="is no page of ntc energy: it is left as it is"):
-        check_place(mine)
+        check_page(mine, MARK, "ntc energy", "report.html")
     out = tmp_path / "out.html"
     for _ in range(2):
-        check_place(out)
+        check_page(out, MARK, "ntc energy", "report.html")
         write_page(out, html(data))
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["mine.html", "out.html"]
     with pytest.raises(ArtifactError, match="cannot write"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, data_size, percent, session, table
-from ntc.errors import ArtifactError
+from ntc.folders import check_page, write_page
 
 __all__ = ["add_to"]
 
@@ -45,11 +44,11 @@ def inspect(
 
 def _inspect(output: Output, path: Path, out: Path, text: str | None, tokens: str | None) -> dict[str, Any]:
     from ntc_backends.inspect_page.activity import run
-    from ntc_backends.inspect_page.document import page
+    from ntc_backends.inspect_page.document import MARK, page
     from ntc_backends.inspect_page.prompt import prompt_for
     from ntc_backends.inspect_page.subject import open_subject
 
-    _check(out)
+    check_page(out, MARK, "ntc inspect", "page.html")
     with output.progress() as report:
         report("load", 0, 1)
         subject = open_subject(path)
@@ -58,7 +57,7 @@ def _inspect(output: Output, path: Path, out: Path, text: str | None, tokens: st
         fired = run(subject, prompt.ids) if prompt else {}
         report("draw", 0, 1)
         html = page(subject, prompt, fired)
-    _write(out, html)
+    write_page(out, html)
     spikes = sum(int(f.counts.sum()) for f in fired.values())
     places = sum(f.element.size * f.most for f in fired.values())
     return {
@@ -70,32 +69,6 @@ def _inspect(output: Output, path: Path, out: Path, text: str | None, tokens: st
         "dead": sum(f.dead for f in fired.values()) if fired else None,
         "saturated": sum(f.saturated for f in fired.values()) if fired else None,
     }  # fmt: skip
-
-
-def _check(out: Path) -> None:
-    """Refuse a place that cannot be written, or that holds something else than a page of ours, before any work is done."""
-    from ntc_backends.inspect_page.document import MARK
-
-    if out.is_dir():
-        raise ArtifactError(f"{out} is a folder; give a file, such as {out / 'page.html'}")
-    if not out.absolute().parent.is_dir():
-        raise ArtifactError(f"cannot write {out}: there is no folder {out.parent}")
-    if out.exists():
-        with out.open("rb") as file:
-            if MARK.encode() not in file.read(400):
-                raise ArtifactError(f"{out} is no page of ntc inspect: it is left as it is; give another file")
-
-
-def _write(out: Path, html: str) -> None:
-    """All or nothing: the page is written beside its place and renamed."""
-    beside = out.with_name(f".{out.name}.partial")
-    try:
-        beside.write_text(html, encoding="utf-8", newline="\n")
-        os.replace(beside, out)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
