@@ -8,8 +8,8 @@ DEMO_STEPS := 4
 DEMO_EMIT := onnx,netlist,energy
 # Fine-tuning of the demo: enough to see what it is good for, in under three minutes, half of them for compiling. Layer by layer first, then end to end.
 DEMO_TEXT := examples/gpt2-books/calibration.txt
-DEMO_BLOCKWISE := 100000
-DEMO_TOKENS := 40000
+DEMO_BLOCKWISE := 150000
+DEMO_TOKENS := 50000
 # Options for pytest, such as: make test PYTEST_ARGS="-k netlist -x"
 PYTEST_ARGS :=
 
