@@ -12,7 +12,6 @@ from ntc.cli.energy_tables import show_constants, show_energy
 from ntc.cli.output import JsonFlag, Output, VerboseFlag, session
 from ntc.cli.texts import tokens_for
 from ntc.errors import ArtifactError, ConfigError
-from ntc.folders import check_page, write_page
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,6 +80,7 @@ def energy(
         allowed = None if strict is None else _share(strict)
         if report is not None:
             from ntc.energy.document import MARK
+            from ntc.folders import check_page
 
             check_page(report, MARK, "ntc energy", "report.html")
         measured = _measured(output, folder, data, max_tokens, constants, memory, reuse, quality)
@@ -140,6 +140,7 @@ def _write(out: Path, folder: Path, measured: EnergyReport, options: Mapping[str
     from importlib.metadata import version
 
     from ntc.energy.document import page
+    from ntc.folders import write_page
 
     given = {**options, "--report": out}
     words = ["ntc", "energy", str(folder), *["--quality"] * quality, *(w for k, v in given.items() if v is not None for w in (k, str(v)))]

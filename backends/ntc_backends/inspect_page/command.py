@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.text import Text
 
 from ntc.cli.output import JsonFlag, Output, VerboseFlag, count, data_size, percent, session, table
-from ntc.folders import check_page, write_page
 
 __all__ = ["add_to"]
 
@@ -43,6 +42,7 @@ def inspect(
 
 
 def _inspect(output: Output, path: Path, out: Path, text: str | None, tokens: str | None) -> dict[str, Any]:
+    from ntc.folders import check_page, write_page
     from ntc_backends.inspect_page.activity import run
     from ntc_backends.inspect_page.document import MARK, page
     from ntc_backends.inspect_page.prompt import prompt_for
