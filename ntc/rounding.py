@@ -128,7 +128,7 @@ def margins(node: Node, arguments: Sequence[Any], fired: Tensor, places: tuple[T
     every: tuple[slice | Tensor, ...] = (slice(None), *places)
 
     def at(value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.dim() == 2:  # a table that all neurons share
             return value
         if value.dim() == 1:
             return value if value.shape[0] == 1 else value[places[-1]]

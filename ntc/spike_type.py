@@ -18,7 +18,7 @@ __all__ = [
     "SpikeType", "from_json", "to_json", "type_of_tensor",
 ]  # fmt: skip
 
-Code: TypeAlias = Literal["rate", "phase", "count"]
+Code: TypeAlias = Literal["rate", "phase", "count", "fitted"]
 Levels: TypeAlias = Literal["binary", "ternary", "graded"]
 Scale: TypeAlias = Literal["none", "tensor", "channel", "token"]
 
@@ -68,7 +68,8 @@ class SpikeType:
     Attributes:
         steps: T, the number of time steps.
         code: How the train decodes to a value: ``rate`` = mean over t, ``count`` = sum over t,
-            ``phase`` = sum over t of ``2**-(t+1) * s(t)``.
+            ``phase`` = sum over t of ``2**-(t+1) * s(t)``; ``fitted`` = by weights that each neuron has for itself, which
+            ``ntc::fs_synapse`` puts on.
         levels: Values that one step can carry: ``binary`` {0, 1}, ``ternary`` {-1, 0, 1}, ``graded`` (a spike with a
             payload, as after a per-channel scale).
         scale: Granularity of the factor that a graded spike carries.

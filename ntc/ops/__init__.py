@@ -7,6 +7,8 @@ from ntc.ops.decode import decode as decode
 from ntc.ops.encode import encode as encode
 from ntc.ops.encode import token_step as token_step
 from ntc.ops.from_integer import from_integer as from_integer
+from ntc.ops.fs_neuron import fs_neuron as fs_neuron
+from ntc.ops.fs_neuron import fs_synapse as fs_synapse
 from ntc.ops.hadamard import hadamard as hadamard
 from ntc.ops.if_neuron import integrate_fire as integrate_fire
 from ntc.ops.if_rate import if_rate as if_rate
@@ -36,13 +38,14 @@ from ntc.ops.spec import spec_of as spec_of
 from ntc.ops.spec import timed as timed
 from ntc.ops.spiking_attention import spiking_attention as spiking_attention
 from ntc.ops.spiking_attention import spiking_attention_stream as spiking_attention_stream
+from ntc.ops.train_product import train_product as train_product
 from ntc.ops.windowed_attention import SOFTMAX_ATTENTION as SOFTMAX_ATTENTION
 from ntc.ops.windowed_attention import windowed_attention as windowed_attention
 
 __all__ = [
     "SOFTMAX_ATTENTION", "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "Traffic", "TypeMismatch", "aten",
-    "attention", "decode", "encode", "from_integer", "hadamard", "if_rate", "integer_attention", "integer_attention_stream",
-    "integer_fire", "integer_linear", "integer_lookup", "integer_norm", "integrate_fire", "leaky_integrate_fire", "position_scale",
-    "register", "requantize", "rms_scale", "row_sum_scale", "spec_of", "spiking_attention", "spiking_attention_stream", "timed",
-    "token_step", "windowed_attention",
+    "attention", "decode", "encode", "from_integer", "fs_neuron", "fs_synapse", "hadamard", "if_rate", "integer_attention",
+    "integer_attention_stream", "integer_fire", "integer_linear", "integer_lookup", "integer_norm", "integrate_fire",
+    "leaky_integrate_fire", "position_scale", "register", "requantize", "rms_scale", "row_sum_scale", "spec_of", "spiking_attention",
+    "spiking_attention_stream", "timed", "token_step", "train_product", "windowed_attention",
 ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Nonlinear functions by few-spikes neurons."""
