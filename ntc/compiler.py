@@ -59,6 +59,7 @@ class Compilation:
         tokenizer: The model's tokenizer, or None.
         seconds: Time of each stage.
         warnings: What the user should know, one sentence each.
+        calibrated: Whether a pass has asked for those tokens.
     """
 
     program: Program
@@ -69,6 +70,7 @@ class Compilation:
     tokenizer: Any | None
     seconds: Mapping[str, float]
     warnings: tuple[str, ...] = field(default=())
+    calibrated: bool = True
 
     def about(self) -> dict[str, Any]:
         """What the manifest says of how the program was made."""
@@ -150,7 +152,8 @@ def compile_model(
         tokenizer = load_tokenizer(model)
     lap("capture")
     warnings = list(chosen.remarks(replace(settings, overrides=()), find_pass))
-    data = _calibration(text, program, calibration, tokenizer, warnings)
+    given = _calibration(text, program, calibration, tokenizer)
+    data = given if given is not None else _random(program)
     context = Context(data, settings.overrides, progress)
     split = next((i + 1 for i, p in enumerate(passes) if p.name == "canonicalize"), 0)
     analog = run_pipeline(program, passes[:split], context)
@@ -167,7 +170,10 @@ def compile_model(
         if override.module not in {module for module, _ in context.used}:
             warnings.append(f"the override for {override.module} changed nothing: no pass sets an option at those modules")
     warnings += chosen.remarks(Settings(overrides=settings.overrides), find_pass, context.used)
-    return Compilation(compiled, analog, chosen, settings, data, tokenizer, seconds, tuple(warnings))
+    calibrated = "calibration" in context.asked or (until_quantize and quantize is not None)
+    if given is None and calibrated:
+        warnings.append("no calibration text was given, so thresholds come from random tokens and mean little: give --calibration FILE")
+    return Compilation(compiled, analog, chosen, settings, data, tokenizer, seconds, tuple(warnings), calibrated)
 
 
 def quantize(compilation: Compilation, progress: Progress = _silent) -> Compilation:
@@ -250,8 +256,9 @@ def _let_go_of_the_file(loaded: Program, canonical: Program) -> None:
 
 
 def _calibration(
-    text: Path | None, program: Program, given: Path | str | Calibration | Tokens | None, tokenizer: Any, warnings: list[str]
-) -> Calibration:
+    text: Path | None, program: Program, given: Path | str | Calibration | Tokens | None, tokenizer: Any
+) -> Calibration | None:
+    """The text to calibrate on; None if there is none."""
     if isinstance(given, Calibration):
         return given
     if isinstance(given, Tokens):
@@ -259,7 +266,12 @@ def _calibration(
     window = min(_WINDOW, program.info.context or _WINDOW)
     if text is not None and (given is not None or tokenizer is not None):
         return calibration_from(tokens_from(text, tokenizer, window, _CALIBRATION_TOKENS, program.info.vocab_size))
-    warnings.append("no calibration text was given, so thresholds come from random tokens and mean little: give --calibration FILE")
+    return None
+
+
+def _random(program: Program) -> Calibration:
+    """Random tokens, where there is no text."""
+    window = min(_WINDOW, program.info.context or _WINDOW)
     return calibration_from(random_tokens(program.info.vocab_size, window, min(_CALIBRATION_TOKENS, 8 * window)))
 
 

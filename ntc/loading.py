@@ -6,6 +6,7 @@ weights in one. transformers reads it, and weights of fewer bits become float32:
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
     elif path.exists() and not (path / "config.json").is_file():
         raise CaptureError(f"{name} holds no config.json: it is not a Hugging Face model folder")
     offline = not path.exists() and not hub_answers(name)
-    with _quiet(transformers):
+    with _quiet(transformers), _fast_gguf() if path.is_file() else nullcontext():
         try:
             config = AutoConfig.from_pretrained(**where, local_files_only=offline)
         except Exception as error:
@@ -100,6 +101,31 @@ def _gguf(path: Path) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
+@contextmanager
+def _fast_gguf() -> Iterator[None]:
+    """Let transformers read a GGUF file in seconds.
+
+    The package gguf takes every token of a vocabulary from a ``np.memmap``, whose slices cost ten times those of an array over the same
+    pages, and transformers asks it for the same table of names once per module of the network.
+    """
+    import gguf
+    import numpy as np
+
+    package: Any = gguf
+    reader: Any = package.GGUFReader
+    names = package.get_tensor_name_map
+
+    class PlainReader(reader):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    package.GGUFReader, package.get_tensor_name_map = PlainReader, functools.cache(names)
+    try:
+        yield
+    finally:
+        package.GGUFReader, package.get_tensor_name_map = reader, names
+
+
 def hub_answers(name: str, repo_type: str = "model") -> bool:
     """Ask the hub once whether it is there: its own client retries for half a minute before it says that there is no network."""
     from huggingface_hub import constants, get_session, hf_hub_url
@@ -122,7 +148,7 @@ def load_tokenizer(source: str | Path) -> Any | None:
     where = _gguf(path) if path.is_file() else {"pretrained_model_name_or_path": str(source)}
     if path.is_dir() and not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    with _quiet(transformers):
+    with _quiet(transformers), _fast_gguf() if path.is_file() else nullcontext():
         try:
             return transformers.AutoTokenizer.from_pretrained(**where, local_files_only=path.exists() or not hub_answers(str(source)))
         except Exception as error:  # noqa: BLE001 - a model without a usable tokenizer still compiles

@@ -100,12 +100,19 @@ class Context:
         overrides: Options per module; later ones win.
         progress: Called with (label, done, total) by passes that take long.
         used: (glob, name of the pass) of the overrides that have set an option of some node so far.
+        asked: Names of the attributes that a pass has asked for: whether a text would have made a difference.
     """
 
     calibration: Calibration | None = None
     overrides: tuple[Override, ...] = ()
     progress: Callable[[str, int, int], None] = _no_progress
     used: set[tuple[str, str]] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set, compare=False)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "calibration":
+            object.__getattribute__(self, "asked").add(name)
+        return object.__getattribute__(self, name)
 
 
 @dataclass(frozen=True)

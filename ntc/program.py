@@ -16,13 +16,12 @@ from typing import Any, cast
 import networkx as nx
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from ntc.errors import NtcError
 from ntc.info import ModelInfo, PassRecord, check_ids
 from ntc.meta import NAME, NEURON, STATE, TYPE, block_of, module_of
+from ntc.shapes import Shapes
 from ntc.state import StateSpec
 
 __all__ = ["ModelInfo", "PassRecord", "Program", "check_ids", "interpret", "op_name"]
@@ -169,35 +168,28 @@ class Program:
 
     def propagate(self) -> None:
         """Fill ``val`` of every node by running the graph on fake tensors with symbolic batch and length."""
-        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
-
-        def fake(value: Tensor) -> Tensor:
-            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * value.dim())
-            return mode.from_tensor(value, symbolic_context=context)
-
-        ids, past = fake(self.example), fake(torch.empty(5)).shape[0]  # any number of tokens may have gone before
+        shapes = Shapes()
+        ids, past = shapes.dynamic(self.example), shapes.dynamic(torch.empty(5)).shape[0]  # any number of tokens may have gone before
         for node in self.graph.nodes:
             if node.op != "placeholder":
-                self._infer(node, mode)
+                self._infer(node, shapes)
             elif STATE not in node.meta:
                 node.meta["val"] = ids
             else:
                 spec: StateSpec = node.meta[STATE]
-                with mode:
+                with shapes:
                     node.meta["val"] = torch.empty(spec.sizes(ids.shape[0], past), dtype=spec.dtype)
 
     def infer(self, node: Node) -> None:
         """Fill ``val`` of a new node from those of its arguments, without running the rest of the graph again."""
         placeholder = next(n for n in self.graph.nodes if n.op == "placeholder")
-        self._infer(node, placeholder.meta["val"].fake_mode)
+        self._infer(node, Shapes.of(placeholder.meta["val"]))
 
-    def _infer(self, node: Node, mode: FakeTensorMode) -> None:
-        with mode:
-            if node.op == "get_attr":
-                node.meta["val"] = mode.from_tensor(self.tensor(node), static_shapes=True)
-            elif node.op == "call_function":
-                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    def _infer(self, node: Node, shapes: Shapes) -> None:
+        if node.op == "get_attr":
+            node.meta["val"] = shapes.constant(self.tensor(node))
+        elif node.op == "call_function":
+            node.meta["val"] = shapes.call(node)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits ``[B, L, V]`` of token ids ``[B, L]``; a streaming program begins a sequence (to go on with one: ``ntc.Stream``).

@@ -249,7 +249,7 @@ def _result(
         "calibration": {"data": done.calibration.description, "tokens": done.calibration.tokens, "sha256": done.calibration.sha256},
         **{key: (quality or {}).get(key) for key in activity},
         "roles": by_role(populations),
-        "quality": quality and {**quality, "on_calibration_text": evaluate is None},
+        "quality": quality and {**quality, "on_calibration_text": evaluate is None and done.calibrated},
         "energy": energy and _energy_summary(energy, tokens.description),
         "files": files_in(out),
         "targets": targets,

@@ -42,3 +42,11 @@ def test_an_override_that_reaches_two_passes_says_so() -> None:
     settings = ntc.Settings({}, tuple(ntc.Override(m, {"percentile": 95}) for m in ("transformer.h.0.*", "*.mlp.*")))
     made = ntc.compile(tiny_gpt2(n_layer=1), settings=settings, calibration=ntc.Calibration.of(example_ids()))
     assert [w.partition(" sets ")[0] for w in made.warnings] == ["percentile=95 in the override for transformer.h.0.*"]
+
+
+@pytest.mark.parametrize(("scale", "warned"), [("token", False), ("static", True)])
+def test_a_missing_text_is_told_of_where_it_matters(scale: str, warned: bool) -> None:
+    """Steps that each token measures come from no text; static ones do."""
+    compiled = ntc.compile(tiny_gpt2(n_layer=1), recipe="sdllm", settings=ntc.Settings({"scale": scale}))
+    assert [w.split(",")[0] for w in compiled.warnings] == ["no calibration text was given"] * warned
+    assert compiled.calibrated is warned

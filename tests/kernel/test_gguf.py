@@ -106,6 +106,17 @@ def test_the_tokenizer_is_that_of_the_file(llama: LlamaForCausalLM, tmp_path: Pa
     assert tokenizer.convert_tokens_to_ids(["▁", "z", "▁b"]) == [3, 29, 31]
 
 
+def test_the_package_is_left_as_it_was(llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a file is read, its bytes are a plain array and the table of names is made once."""
+    before, tables, seen = (gguf.GGUFReader, gguf.get_tensor_name_map), [], []
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *arguments: (tables.append(arguments), before[1](*arguments))[1])
+    monkeypatch.setattr(gguf.GGUFReader, "_build_tensors", lambda self, *a, of=before[0]._build_tensors: (seen.append(self.data), of(self, *a)))
+    load_model(write(llama, tmp_path / "llama.gguf"))
+    assert len(tables) == 1
+    assert seen and all(type(data) is np.ndarray for data in seen)
+    assert gguf.GGUFReader is before[0]
+
+
 def test_commands_take_a_file(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     path, text = write(llama, tmp_path / "model.gguf"), tmp_path / "calibration.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 20)

@@ -12,14 +12,14 @@ from test_fold_norms import tailed
 from torch.nn import functional
 
 from ntc.errors import ConfigError, PassError
-from ntc.ops.hadamard import hadamard_matrix
+from ntc.ops.hadamard import hadamard, hadamard_core, hadamard_matrix
 from ntc.pipeline import Context, run_pipeline
 from ntc.program import Program, interpret
 from ntc.testing import check_pass, count_ops
 from ntc_passes.fold_norms import FoldNorms
 from ntc_passes.residual import residual_stream
 from ntc_passes.rotate import Rotate
-from ntc_passes.rotate.rotations import rotation
+from ntc_passes.rotate.rotations import hadamard_factors, kronecker, rotation
 
 
 @cache
@@ -54,6 +54,23 @@ def test_exact_for_each_kind_of_block(name: str) -> None:
     layers = count_ops(before)["ntc.attention"]
     assert after.history[-1].notes == {"stream": "hadamard 1 x 2^5, seed 0", "values": layers, "online": {}}
     assert after.history[-1].sites == 1 + layers
+
+
+@pytest.mark.parametrize(("kind", "size"), [("hadamard", 48), ("hadamard", 8), ("hadamard", 256), ("orthogonal", 6)])
+def test_from_the_left_is_the_transpose(kind: str, size: int) -> None:
+    turn, w = rotation(size, kind, seed=1), torch.randn(3 * size, 5, dtype=torch.float64)
+    assert torch.allclose(turn.from_left(w), turn(w.T).T, rtol=0, atol=1e-13)
+    dense = turn(torch.eye(size))
+    assert torch.allclose(turn.from_left(w[:size]), dense.T @ w[:size], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [1, 2, 12, 36 * 16, 128, 2048])
+def test_products_with_small_matrices_are_the_transform(size: int) -> None:
+    core, doublings = found if (found := hadamard_core(size)) else (torch.ones(1, 1), 0)
+    factors = hadamard_factors(core, doublings)
+    assert all(1 < len(f) <= max(64, len(core)) for f in factors)
+    x = torch.randn(2, 2 * size, dtype=torch.float64)
+    assert torch.allclose(kronecker(x, factors), hadamard(x, core, doublings), rtol=0, atol=1e-11)
 
 
 def test_the_stream_is_the_old_one_times_the_rotation() -> None:

@@ -35,13 +35,13 @@ from torch.fx import Node
 from ntc.errors import PassError
 from ntc.meta import building, where
 from ntc.ops import SOFTMAX_ATTENTION, aten
-from ntc.ops.hadamard import hadamard, hadamard_core
+from ntc.ops.hadamard import hadamard_core
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
 from ntc_passes.new_weights import NewWeights, constant_weights
 from ntc_passes.replace_attention import check_switch
 from ntc_passes.residual import Stream, is_norm_of_stream, residual_stream
-from ntc_passes.rotate.rotations import Rotation, rotation
+from ntc_passes.rotate.rotations import Rotation, hadamard_factors, kronecker, rotation
 
 __all__ = ["Rotate"]
 
@@ -97,10 +97,10 @@ class _Change:
         for rotate in self.inputs:
             w = rotate(w)
         for rotate in self.outputs:
-            w = rotate(w.T).T
+            w = rotate.from_left(w)
         if self.online is not None:
             core, doublings = self.online
-            w = hadamard(w, core, doublings) / (len(core) << doublings)
+            w = kronecker(w, hadamard_factors(core, doublings)) / (len(core) << doublings)
         return w
 
     def bias(self, c: Tensor) -> Tensor:
