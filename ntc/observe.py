@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ntc.meta import NEURON, TYPE, block_of, module_of
 from ntc.ops import Counts, Operand, Traffic, spec_of
+from ntc.ops.events import spikes_per_neuron
 from ntc.ops.traffic import streamed
 from ntc.program import Program, interpret, op_name
 from ntc.spike_type import ANALOG, CurrentType, Integer, NodeType, SpikeType
@@ -149,10 +150,7 @@ class Activity:
             self._count(node, args, value)
 
     def _spikes(self, node: Node, kind: SpikeType, value: Tensor) -> None:
-        magnitude = value if kind.levels == "binary" else value.abs() if kind.levels == "ternary" else (value != 0).to(torch.float32)
-        rows = magnitude.flatten(0, -2)
-        # Single precision counts exactly up to 2^24, at a quarter of the time.
-        per_neuron = rows.sum(0, dtype=torch.float32 if len(rows) < 2**24 else torch.float64).double()
+        per_neuron = spikes_per_neuron(value, kind.levels)
         self._events[node] = float(per_neuron.sum())
         spec = spec_of(node)
         if spec is None or spec.element != "population":
@@ -187,7 +185,8 @@ class Activity:
         operands = [self._operand(n, t) for n, t in zip(nodes, tensors, strict=True)]
         # Spikes, or integers that may be counts of them, or factors that may be zero; shapes alone have no values.
         worth = any(isinstance(o.type, SpikeType | Integer) for o in operands) or spec.element == "projection"
-        measured = spec.measure(tensors, value, node) if spec.measure and worth and not isinstance(value, FakeTensor) else {}
+        real = not isinstance(value, FakeTensor) and not value.is_meta
+        measured = spec.measure(tensors, value, node) if spec.measure and worth and real else {}
         result = self._operand(node, value)
         row.counts = row.counts + spec.count(node, operands, result, measured)
         row.traffic = row.traffic + (spec.moves or streamed)(node, operands, result, measured)
@@ -228,9 +227,55 @@ def count_by_shape(program: Program, shapes: Sequence[tuple[int, int]]) -> Activ
     """
     activity = Activity()
     for batch, length in shapes:
+        if (values := _by_symbols(program, batch, length)) is not None:
+            activity.tokens += batch * length
+            for node in program.graph.nodes:
+                if node.op == "call_function":
+                    activity.visit(node, torch.fx.map_arg(node.args, values.__getitem__), values[node])
+            continue
         with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
             ids = torch.zeros(batch, length, dtype=torch.long)
             activity.start(ids)
             shapes_only = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in program.tensors.items()}
             interpret(program, ids, activity.visit, tensors=shapes_only)
     return activity
+
+
+def _by_symbols(program: Program, batch: int, length: int) -> dict[Node, Any] | None:
+    """Tensors without data in the shapes of all values, from the symbolic shapes that the program carries; None if those do not tell, or if
+    an op must run to be counted.
+    """
+    ids = next((n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"), None)
+    if not isinstance(ids, Tensor):
+        return None
+    sizes: list[Any] = list(ids.shape)
+    known = {size.node.expr: n for size, n in zip(sizes, (batch, length)) if isinstance(size, torch.SymInt)}
+    found: dict[Any, int] = {}
+
+    def number(size: Any) -> int:
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        expression = size.node.expr
+        if expression not in found:
+            found[expression] = int(expression.xreplace(known))  # TypeError if another symbol is left
+        return found[expression]
+
+    def concrete(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty([number(size) for size in value.shape], dtype=value.dtype, device="meta")
+        if isinstance(value, tuple | list):
+            return type(value)(map(concrete, value))
+        return number(value) if isinstance(value, torch.SymInt) else value
+
+    values: dict[Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "output":
+            continue
+        spec = spec_of(node)
+        if "val" not in node.meta or (node.op == "call_function" and (spec is None or spec.count is None)):
+            return None
+        try:
+            values[node] = concrete(node.meta["val"])
+        except TypeError:
+            return None
+    return values

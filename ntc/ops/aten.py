@@ -15,19 +15,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.meta import TYPE
+from ntc.ops.events import nonzero_products, products_with_zero_weights
 from ntc.ops.interval import Bound, BoundRule, Interval, as_interval
-from ntc.ops.spec import (
-    Counts,
-    Operand,
-    OpSpec,
-    Traffic,
-    TypeMismatch,
-    host_rule,
-    nonzero_products,
-    products_with_zero_weights,
-    register,
-    timed,
-)
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, TypeMismatch, host_rule, register, timed
 from ntc.ops.traffic import looked_up, matrix, rows_of, still, streamed
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, Scale, SpikeType
 
@@ -190,6 +180,8 @@ for _op, _factor, _kind in (
     register(OpSpec(_op, host_rule, _per_element(_factor), kind=_kind, bound=_BOUNDS.get(_op)))
 
 register(OpSpec(aten.mean.dim, host_rule, _mean_count, kind="norm"))  # every element of the input is added once
+for _op in (aten.sum.dim_IntList, aten.amax.default):  # and compared once
+    register(OpSpec(_op, host_rule, _mean_count, kind="attention"))
 register(OpSpec(operator.getitem, _getitem_type, _free, still, kind="layout"))
 
 # A look-up or a change of layout computes nothing; the look-up moves rows.

@@ -32,11 +32,6 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
 
 
-def spikes_per_head(train: Tensor, heads: int) -> Tensor:
-    """Spikes of either sign of a train ``[..., L, H D]``, per head and token: ``[..., H, L]``."""
-    return split_heads(train, heads).abs().sum(-1)
-
-
 def merge_heads(x: Tensor) -> Tensor:
     """``[..., H, L, D] -> [..., L, H D]``."""
     return x.transpose(-3, -2).flatten(-2)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ntc.ops.events import nonzero_products
 from ntc.ops.integer import as_int32, check_integers, exact_matmul, integer_argument, integer_constants, largest
 from ntc.ops.interval import Bound, Inside, Integers, Interval, integers
-from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, nonzero_products, register
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, register
 from ntc.ops.traffic import matrix
 from ntc.spike_type import INTEGER, NodeType
 

@@ -6,9 +6,10 @@ ATen ops of the dialect share the table in ``aten.py``. Adding a neuron model is
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeAlias
 
 from torch import Tensor
 from torch.fx import Node
@@ -17,8 +18,7 @@ from ntc.ops.interval import BoundRule
 from ntc.spike_type import ANALOG, Analog, CurrentType, NodeType, RateType, SpikeType, type_of_tensor
 
 __all__ = [
-    "SPECS", "Counts", "Element", "OpSpec", "Operand", "Traffic", "TypeMismatch", "host_rule", "nonzero_products",
-    "products_with_zero_weights", "register", "spec_of", "timed",
+    "SPECS", "Counts", "Element", "OpSpec", "Operand", "Traffic", "TypeMismatch", "host_rule", "register", "spec_of", "timed",
 ]  # fmt: skip
 
 
@@ -30,8 +30,18 @@ class TypeMismatch(Exception):
         self.argument = argument
 
 
+class _Additive:
+    """Numbers of a frozen dataclass that add up field by field, and scale."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*map(operator.add, self.__dict__.values(), other.__dict__.values()))
+
+    def __mul__(self, factor: float) -> Self:
+        return type(self)(*(value * factor for value in self.__dict__.values()))
+
+
 @dataclass(frozen=True)
-class Counts:
+class Counts(_Additive):
     """Operations of one node on stated data. Additive over nodes.
 
     Attributes:
@@ -54,15 +64,9 @@ class Counts:
     spikes: float = 0.0
     neurons: float = 0.0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __mul__(self, factor: float) -> Counts:
-        return Counts(*(getattr(self, f.name) * factor for f in fields(self)))
-
 
 @dataclass(frozen=True)
-class Traffic:
+class Traffic(_Additive):
     """Data that one node moves on stated data, between memories and arithmetic. Additive over nodes, like ``Counts``.
 
     Elements have the width that a table of energies states; bits are bits. Partial sums, scores and currents stay in registers.
@@ -87,12 +91,6 @@ class Traffic:
     cache: float = 0.0
     spike_cache: float = 0.0
     state: float = 0.0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __mul__(self, factor: float) -> Traffic:
-        return Traffic(*(getattr(self, f.name) * factor for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -179,21 +177,6 @@ def register(spec: OpSpec) -> OpSpec:
 def spec_of(node: Node) -> OpSpec | None:
     """The spec of a node's op, or None if ntc has none (then it is an unknown analog op on the host)."""
     return SPECS.get(node.target)
-
-
-def nonzero_products(x: Tensor, weight: Tensor) -> float:
-    """Products of ``x W^T`` with both factors other than zero, for x ``[..., C]`` and W ``[N, C]``."""
-    return float(x.count_nonzero()) * weight.shape[0] - products_with_zero_weights(x, weight)
-
-
-def products_with_zero_weights(x: Tensor, weight: Tensor) -> float:
-    """Products of ``x W^T`` whose factor from W is zero and whose factor from x is not; few columns of W hold a zero."""
-    if int(weight.count_nonzero()) == weight.numel():
-        return 0.0
-    zeros = (weight == 0).sum(0)
-    columns = zeros.nonzero().flatten()
-    used = (x[..., columns] != 0).flatten(0, -2).sum(0)
-    return float(used.double() @ zeros[columns].double())
 
 
 def timed(value: NodeType) -> bool:

@@ -35,8 +35,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.attention import ONNX_MERGE, ONNX_SIZES, ONNX_SPLIT, spikes_per_head, split_heads
+from ntc.meta import TYPE
+from ntc.ops.attention import ONNX_MERGE, ONNX_SIZES, ONNX_SPLIT
 from ntc.ops.causal_product import Decay, causal_product, causal_product_from, causal_product_gradients, decay_of
+from ntc.ops.events import scores_and_values, spikes_per_head
 from ntc.ops.if_neuron import check_constant
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.ops.traffic import remembered, spiking_rows
@@ -58,10 +60,6 @@ CHANNEL_LEAK_CHUNK = 64
 
 RECURRENT = 16
 """Tokens that the streaming kernel takes one by one, without the tables that chunks need."""
-
-
-def _grouped(x: Tensor, heads: int, kv_heads: int) -> Tensor:
-    return split_heads(x, kv_heads).repeat_interleave(heads // kv_heads, dim=-3)
 
 
 def _check_leak(leak: Tensor | None, key: Tensor, kv_heads: int) -> None:
@@ -238,35 +236,32 @@ def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str,
     Streaming: each coincidence of K_j and V_j changes one entry of M (``write``); each spike of Q_i adds one row of M (``read``); a
     leak multiplies the whole of M (``leak``).
     """
-    query, key, value = (t.detach().float() for t in tensors[:3])
-    leak = tensors[3] if len(tensors) > 3 else None
     heads, kv_heads = node.args[3], node.args[4]
     assert isinstance(heads, int) and isinstance(kv_heads, int)
+    query, key, value = (t.detach().float() for t in tensors[:3])
+    leak = tensors[3] if len(tensors) > 3 else None
+    q, k, v = _per_head(tensors, node, heads, kv_heads)
     per_channel = leak is not None and leak.shape[0] not in (1, kv_heads)
-    q, k = split_heads(query, heads), _grouped(key, heads, kv_heads)
-    v_spikes = spikes_per_head(value, kv_heads).repeat_interleave(heads // kv_heads, dim=-2)
-    if per_channel:  # coincidences of either sign fade at different rates, and no longer cancel
-        q, k = q.abs(), k.abs()
-    columns, sums, faded = torch.stack([v_spikes, torch.ones_like(v_spikes)], -1), torch.zeros(2, dtype=torch.float64), 0.0
-    for start in range(0, q.shape[-2], CHUNK):
-        stop = min(start + CHUNK, q.shape[-2])
-        # Signed: coincidences that cancel leave a score of zero, and nothing is added. The sums of a query are exact in float32.
-        scores = q[..., start:stop, :] @ k[..., :stop, :].transpose(-2, -1)
-        scores[..., start:].tril_()
-        faded += float(scores.sum(dtype=torch.float64)) if per_channel else 0.0
-        sums += (scores.ne_(0) @ columns[..., :stop, :]).flatten(0, -2).sum(0, dtype=torch.float64)
-    decays = faded if per_channel else float(sums[1])
-    leaking = {} if leak is None else {"decays": decays, "leak": float(key.numel() * (value.shape[-1] // kv_heads))}
-    position = torch.arange(1, q.shape[-2] + 1, dtype=torch.float64, device=q.device)
-    scored = float((spikes_per_head(query, heads).double() @ position).sum())
-    return {"scores": scored, "values": float(sums[0]), **_stream_work(query, key, value, heads, kv_heads), **leaking}
+    values, scores, coincidences = scores_and_values(query, key, v, heads, kv_heads, per_channel)
+    entries = float(key.numel() * (value.shape[-1] // kv_heads))
+    leaking = {} if leak is None else {"decays": coincidences if per_channel else scores, "leak": entries}
+    position = torch.arange(1, query.shape[-2] + 1, dtype=torch.float64, device=query.device)
+    scored = float(position @ q.sum(-1).flatten(0, -2).sum(0, dtype=torch.float64))
+    return {"scores": scored, "values": values, **_stream_work(q, k, v, value.shape[-1] // kv_heads), **leaking}
 
 
-def _stream_work(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int) -> dict[str, float]:
-    """Additions that spikes cause in the streaming form; there is one M per key head."""
-    k, v = (spikes_per_head(x.float(), kv_heads).double() for x in (key, value))
-    reads = query.float().abs().sum(-1).sum(dtype=torch.float64)
-    return {"write": float((k * v).sum()), "read": float(reads) * (value.shape[-1] // kv_heads)}
+def _per_head(tensors: Sequence[Tensor], node: Node, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Spikes of Q, K and V per token and head."""
+    query, key, value = (a.meta[TYPE].levels for a in node.args[:3] if isinstance(a, Node))
+    q, k, v = (t.detach() for t in tensors[:3])
+    return spikes_per_head(q, heads, query), spikes_per_head(k, kv_heads, key), spikes_per_head(v, kv_heads, value)
+
+
+def _stream_work(query: Tensor, key: Tensor, value: Tensor, width: int) -> dict[str, float]:
+    """Additions that spikes cause in the streaming form, from their numbers per token and head; there is one M per key head, of ``width``
+    columns.
+    """
+    return {"write": float((key * value).sum(dtype=torch.float64)), "read": float(query.sum(dtype=torch.float64)) * width}
 
 
 def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
@@ -347,11 +342,11 @@ def _infer_stream(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
 
 def _measure_stream(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str, float]:
     """As ``_measure``, of this form alone; a leak multiplies the whole of M at every token and step."""
-    query, key, value = (t.detach() for t in tensors[:3])
     heads, kv_heads = node.args[4], node.args[5]
     assert isinstance(heads, int) and isinstance(kv_heads, int)
-    leaking = {"leak": float(key.numel() * (value.shape[-1] // kv_heads))} if len(tensors) > 4 else {}
-    return {**_stream_work(query, key, value, heads, kv_heads), **leaking}
+    width = tensors[2].shape[-1] // kv_heads
+    leaking = {"leak": float(tensors[1].numel() * width)} if len(tensors) > 4 else {}
+    return {**_stream_work(*_per_head(tensors, node, heads, kv_heads), width), **leaking}
 
 
 def _count_stream(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
