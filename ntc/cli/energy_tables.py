@@ -19,6 +19,9 @@ _PAPER_RANGE = "0.75 to 1.80"  # T·r at which 0.9 pJ per AC save 64.71 to 85.28
 def show_energy(console: Console, result: Mapping[str, Any]) -> None:
     """The whole report: what it is of, both columns, baselines, where energy goes, counts, what is not counted, sources."""
     constants, memory = result["constants"], result["memory"]
+    if constants["device"]:
+        _show_at_figures_of_a_chip(console, result)
+        return
     console.print(Text(result["folder"], "bold").append(f"  T = {result['steps']}, rates of {result['data']}", "not bold dim"))
     console.print(Text(_about(result), "dim"))
     show_attention(console, result["attention"], result["total"], f"per token, {constants['title']}")
@@ -37,6 +40,31 @@ def show_energy(console: Console, result: Mapping[str, Any]) -> None:
         console.print(Text("Wrote ").append(result["report"], "bold"))
     for what in (constants, memory):
         console.print(Text(f"{what['id']}: {what['scope']}. {what['source']}", "dim"))
+
+
+def _show_at_figures_of_a_chip(console: Console, result: Mapping[str, Any]) -> None:
+    """What spikes cause, at figures that were published for one chip: no comparison, no memory of another table, no total."""
+    from ntc.energy.headline import headline
+
+    constants = result["constants"]
+    console.print(Text(result["folder"], "bold").append(f"  T = {result['steps']}, rates of {result['data']}", "not bold dim"))
+    for sentence in headline(result):
+        console.print(sentence)
+    groups = [g for g in result["kinds"] if g["snn_pj"]]
+    unit, size = _energies(g["snn_pj"] for g in groups)
+    heading(console, "By kind of operation", f"{unit} per token, {constants['title']}")
+    rows = table("kind", ">ACs", ">neuron updates", ">energy")
+    for g in groups:
+        rows.add_row(g["kind"], count(g["snn"]["acs"]), count(g["snn"]["neuron_updates"]), f"{g['snn_pj'] / size:,.3f}")
+    console.print(rows)
+    placed = result["total"]["columns"][-1]
+    console.print(Text(f"{placed['column']}: {placed['remark']}", "dim"))
+    _show_operations(console, result["total"])
+    _show_uncounted(console, result)
+    console.print()
+    if result["report"]:
+        console.print(Text("Wrote ").append(result["report"], "bold"))
+    console.print(Text(f"{constants['id']}: {constants['scope']}. {constants['source']}", "dim"))
 
 
 def _about(result: Mapping[str, Any]) -> str:
@@ -176,7 +204,8 @@ def show_constants(console: Console, listed: Mapping[str, Any]) -> None:
     heading(console, "Energies per operation", "--constants NAME [pJ]")
     rows = table("name", ">mac", ">ac", ">graded mac", ">update", "what")
     for c in listed["constants"]:
-        rows.add_row(c["id"], *(f"{c[key]:g}" for key in ("mac", "ac", "graded_mac", "update")), c["title"])
+        energies = (c[key] for key in ("mac", "ac", "graded_mac", "update"))
+        rows.add_row(c["id"], *("-" if value is None else f"{value:g}" for value in energies), c["title"])
     console.print(rows)
     heading(console, "Energies of moving data", "--memory NAME [pJ per access]")
     rows = table("name", "levels", "what")

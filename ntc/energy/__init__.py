@@ -6,12 +6,15 @@ module             what
 ``measure``        runs the program on a text and counts
 ``report``         both networks' counts, and the report as data
 ``projections``    which linear layers belong to attention
+``booking``        under which kind operations are booked: attention products, FFN, encoders, ...
 ``constants``      energies per operation, tables in ``ntc/data/energy``
 ``hierarchy``      energies of moving data, tables in ``ntc/data/memory``
 ``numbers``        numbers with a low and a high value, and reading tables
 ``pricing``        joules of counts: by arithmetic alone, and with memory
 ``baselines``      the original in other arithmetics; where both cost the same
 ``sensitivity``    how far a figure rests on its constants
+``headline``       the report in two sentences
+``document``       the report as one HTML page, with ``bars`` and ``wording``
 =================  ==============================================================================================
 """
 

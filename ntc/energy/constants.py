@@ -15,7 +15,11 @@ __all__ = ["DEFAULT", "Bits", "Constants", "list_constants", "load_constants"]
 
 DEFAULT = "horowitz-45nm-fp32"
 
-_OPERATIONS = ("mac", "ac", "graded_mac", "update")
+_OPERATIONS = {"mac": "macs", "ac": "acs", "graded_mac": "graded_macs", "update": "neuron_updates", "elementwise": "elementwise"}
+"""Fields of ``Counts`` by the name of their energy."""
+
+_SPIKES = {"ac", "update"}
+"""What a table of a chip must have; others need not be known."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Constants:
         title: What it is, in a line.
         source: Where its numbers come from.
         scope: What they leave out.
-        mac: One multiply-accumulate.
+        mac: One multiply-accumulate; None = the source has no figure, which only a table of a chip may leave out. Likewise the others.
         ac: One accumulate.
         graded_mac: One multiply-accumulate that a graded spike causes.
         update: One update of a membrane.
@@ -45,6 +49,8 @@ class Constants:
         bits: Widths of what the arithmetic reads and writes.
         ranges: Low and high values with their sources, by name, of numbers that have any.
         baselines: Tables that the original network is costed with, too.
+        device: The chip, if the numbers are published figures of one and not of arithmetic in a technology. They then contain the memory
+            of the chip, and no other network can be costed with them.
         multiplier: Energy of one multiplication [pJ] and its width in bits, for networks with fewer bits; None = not known.
     """
 
@@ -52,22 +58,33 @@ class Constants:
     title: str
     source: str
     scope: str
-    mac: float
-    ac: float
-    graded_mac: float
-    update: float
-    elementwise: float = 0.0
+    mac: float | None
+    ac: float | None
+    graded_mac: float | None
+    update: float | None
+    elementwise: float | None = 0.0
     bits: Bits = field(default_factory=Bits)
     ranges: Mapping[str, Number] = field(default_factory=dict)
     baselines: tuple[str, ...] = ()
     multiplier: tuple[float, int] | None = None
+    device: str = ""
 
     def cost(self, counts: Counts) -> float:
-        """Energy of the counts [pJ]."""
+        """Energy of the counts [pJ]; those without a figure (``unpriced``) are not in it."""
         return (
-            self.mac * counts.macs + self.ac * counts.acs + self.graded_mac * counts.graded_macs + self.update * counts.neuron_updates
-            + self.elementwise * counts.elementwise
+            (self.mac or 0.0) * counts.macs + (self.ac or 0.0) * counts.acs + (self.graded_mac or 0.0) * counts.graded_macs
+            + (self.update or 0.0) * counts.neuron_updates + (self.elementwise or 0.0) * counts.elementwise
         )  # fmt: skip
+
+    def unpriced(self, counts: Counts) -> dict[str, float]:
+        """Operations that the table has no figure for, by field of ``Counts``."""
+        found = {field: getattr(counts, field) for name, field in _OPERATIONS.items() if getattr(self, name) is None}
+        return {field: number for field, number in found.items() if number}
+
+    def stated(self, counts: Counts) -> float | None:
+        """``cost``, or None if there are operations and the table has a figure for none of them."""
+        cost = self.cost(counts)
+        return cost if cost or not self.unpriced(counts) else None
 
     def at(self, level: Level, only: str | None = None) -> Constants:
         """The table with its low or high values, or with that of one number alone."""
@@ -85,7 +102,7 @@ class Constants:
         if self.multiplier is None:
             raise ConfigError(f"the energy constants {self.id} do not say what a multiplication takes: add [multiplier] to the table")
         picojoules, width = self.multiplier
-        mac = picojoules * bits / width + self.ac
+        mac = picojoules * bits / width + (self.ac or 0.0)
         title = f"{self.title}; activations of {bits} bit{'s' if bits != 1 else ''}, multiplier in proportion to its widths"
         return replace(
             self, id=f"{self.id}-a{bits}", title=title, mac=mac, graded_mac=mac, bits=replace(self.bits, activations=bits), ranges={}
@@ -93,7 +110,7 @@ class Constants:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data with stable keys (docs/json.md)."""
-        found = {name: getattr(self, name) for name in ("id", "title", "source", "scope", *_OPERATIONS, "elementwise")}
+        found = {name: getattr(self, name) for name in ("id", "title", "source", "scope", "device", *_OPERATIONS)}
         ranges = [{"name": name, **asdict(n)} for name, n in self.ranges.items()]
         return {**found, "bits": asdict(self.bits), "ranges": ranges}
 
@@ -109,13 +126,27 @@ def load_constants(table: str | Path | None = None) -> Constants:
     try:
         numbers = {name: number(f"the energy constants {where}", name, value) for name, value in data["picojoules"].items()}
         ranges = {name: n for name, n in numbers.items() if not n.certain or n.source}
+        device, baselines = data.get("device", ""), tuple(data.get("baselines", ()))
         return Constants(
-            data["id"], data["title"], data["source"], data["scope"], **{name: n.nominal for name, n in numbers.items()},
-            bits=_bits(data.get("bits", {})), ranges=ranges, baselines=tuple(data.get("baselines", ())),
-            multiplier=_multiplier(data.get("multiplier")),
+            data["id"], data["title"], data["source"], data["scope"], **_nominal(numbers, device, baselines),
+            bits=_bits(data.get("bits", {})), ranges=ranges, baselines=baselines, multiplier=_multiplier(data.get("multiplier")),
+            device=device,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{where} is no table of energy constants: {error}") from error
+
+
+def _nominal(numbers: Mapping[str, Number], device: str, baselines: tuple[str, ...]) -> dict[str, float | None]:
+    """Nominal values; None for what a table of a chip leaves out."""
+    if device and baselines:
+        raise ValueError(f"figures of {device} contain its memory and cannot be set against bare arithmetic: it may name no baselines")
+    needed = _SPIKES if device else _OPERATIONS.keys() - {"elementwise"}
+    if missing := needed - numbers.keys():
+        raise ValueError(f"it has no energy of {', '.join(sorted(missing))}")
+    if unknown := numbers.keys() - _OPERATIONS.keys():
+        raise ValueError(f"there are no operations called {', '.join(sorted(unknown))}")
+    absent = dict.fromkeys(_OPERATIONS) if device else {"elementwise": 0.0}
+    return {**absent, **{name: n.nominal for name, n in numbers.items()}}
 
 
 def _bits(given: Mapping[str, Any]) -> Bits:

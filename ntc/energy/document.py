@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ntc.energy.bars import Bar, stacked
 from ntc.energy.headline import headline
+from ntc.energy.wording import count, percent, unit_of
+from ntc.pages import part, render
 
 __all__ = ["MARK", "page"]
 
@@ -22,28 +22,7 @@ _COUNTS = (
     ("graded_macs", "graded MACs"), ("neuron_updates", "membrane updates"), ("elementwise", "elementwise"), ("spikes", "spikes"),
 )  # fmt: skip
 
-
-def percent(share: float | None) -> str:
-    """A share that is saved, as text; of what takes more than twice as much, how many times."""
-    if share is None:
-        return "–"
-    return f"{1 - share:,.1f} × as much" if share < -1 else f"{100 * share:.1f} %"
-
-
-def count(number: float | None) -> str:
-    """A number of operations as text."""
-    if number is None:
-        return "not known"
-    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= limit:
-            return f"{number / {'T': 1e12, 'G': 1e9, 'M': 1e6, 'k': 1e3}[letter]:,.4g} {letter}"
-    return f"{number:,.4g}"
-
-
-def _unit(values: Iterable[float | None]) -> tuple[str, float]:
-    largest = max((v for v in values if v is not None), default=0.0)
-    units = (("J", 1e12), ("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3))
-    return next(((u, s) for u, s in units if largest >= s), ("pJ", 1.0))
+_BY_KIND = {"dense": "dense_macs", "macs": "macs", "acs": "acs", "updates": "neuron_updates", "elementwise": "elementwise"}
 
 
 def page(data: Mapping[str, Any], name: str, command: str, versions: Mapping[str, str]) -> str:
@@ -55,32 +34,30 @@ def page(data: Mapping[str, Any], name: str, command: str, versions: Mapping[str
         command: The command line that makes this report again.
         versions: Of the programs that made it.
     """
-    unit, size = _unit(data["total"]["columns"][1][key] for key in ("ann_pj", "snn_pj"))
+    unit, size = unit_of(column[key] for column in data["total"]["columns"] for key in ("ann_pj", "snn_pj"))
 
     def energy(value: float | None) -> str:
         return "–" if value is None else f"{value / size:,.4g}"
 
     first, second = headline(data)
-    return str(
-        _template().render(
-            mark=MARK, style=_part("page.css"), name=name, data=data, headline=first, second=second, percent=percent, count=count,
-            unit=unit, command=command, figures=_figures(data, unit, size), columns=_columns(data, energy),
-            baselines=_baselines(data, energy), operations=_operations(data), nodes=_nodes(data["nodes"]["snn"]),
-            levels=[
-                {**row, "ann": energy(row["ann_pj"]), "snn": energy(row["snn_pj"])} for row in data["sensitivity"]["total"]["levels"]
-            ],
-            numbers=data["sensitivity"]["total"]["numbers"], provenance=_provenance(data), facts=_facts(data, versions),
-            **_charts(data),
-        )
+    return render(
+        "ntc.energy", mark=MARK, style=part("ntc.energy", "page.css"), name=name, data=data, headline=first, second=second, percent=percent,
+        count=count, unit=unit, command=command, figures=_figures(data, unit, size), columns=_columns(data, energy),
+        baselines=_baselines(data, energy), operations=_operations(data), kinds=_kinds(data["kinds"]),
+        nodes=_nodes(data["nodes"]["snn"]),
+        levels=[{**row, "ann": energy(row["ann_pj"]), "snn": energy(row["snn_pj"])} for row in data["sensitivity"]["total"]["levels"]],
+        numbers=data["sensitivity"]["total"]["numbers"], provenance=_provenance(data), facts=_facts(data, versions), **_charts(data),
     )  # fmt: skip
 
 
 def _figures(data: Mapping[str, Any], unit: str, size: float) -> list[dict[str, str]]:
-    compute, both, _ = data["total"]["columns"]
-    found = [
-        ("spiking, compute only", f"{compute['snn_pj'] / size:,.4g} {unit}", f"original {compute['ann_pj'] / size:,.4g} {unit}"),
-        ("spiking, with memory", f"{both['snn_pj'] / size:,.4g} {unit}", f"original {both['ann_pj'] / size:,.4g} {unit}"),
-    ]
+    found = []
+    for column, name in zip(data["total"]["columns"], ("compute only", "with memory")):
+        if column["snn_pj"] is not None:
+            before = "" if column["ann_pj"] is None else f"original {column['ann_pj'] / size:,.4g} {unit}"
+            chip = data["constants"]["device"]
+            what = f"spikes, at figures for {chip}" if chip else f"spiking, {name}"
+            found.append((what, f"{column['snn_pj'] / size:,.4g} {unit}", before or "no saving is stated"))
     if (perplexity := data["quality"]["perplexity"]) is not None:
         original = data["quality"]["perplexity_ann"]
         beside = "same run" if original is None else f"original {original:,.2f}"
@@ -94,7 +71,7 @@ def _figures(data: Mapping[str, Any], unit: str, size: float) -> list[dict[str, 
 
 def _columns(data: Mapping[str, Any], energy: Any) -> list[dict[str, Any]]:
     return [
-        {"part": said, **row, "ann": None if row["ann_pj"] is None else energy(row["ann_pj"]), "snn": energy(row["snn_pj"])}
+        {"part": said, **row, "ann": energy(row["ann_pj"]), "snn": energy(row["snn_pj"])}
         for part, said in _PARTS
         for row in data[part]["columns"]
     ]
@@ -121,8 +98,22 @@ def _operations(data: Mapping[str, Any]) -> list[dict[str, str]]:
     rows = [{"what": what, "ann": count(total["ann"][key]), "snn": count(total["snn"][key])} for key, what in _COUNTS]
     for moved in data["moved"]:
         if moved["ann_bytes"] or moved["snn_bytes"]:
-            what = f"bytes of {moved['data'].replace('_', ' ')} ({moved['level']})"
+            where = "" if data["constants"]["device"] else f" ({moved['level']})"
+            what = f"bytes of {moved['data'].replace('_', ' ')}{where}"
             rows.append({"what": what, "ann": count(moved["ann_bytes"]), "snn": count(moved["snn_bytes"])})
+    return rows
+
+
+def _kinds(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One row per kind and network, of what computes or moves something."""
+    rows = []
+    for group in groups:
+        for side, network in (("ann", "original"), ("snn", "spiking")):
+            numbers = group[side]
+            moved = sum(float(value) for key, value in numbers.items() if key.endswith("_bytes"))
+            if moved or any(numbers[key] for key in _BY_KIND.values()):
+                counted = {name: count(numbers[key]) for name, key in _BY_KIND.items()}
+                rows.append({"kind": group["kind"], "network": network, "bytes": count(moved), **counted})
     return rows
 
 
@@ -132,7 +123,8 @@ def _nodes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
     return [
         {
-            "node": row["node"], "kind": row["kind"], "macs": count(row.get("macs", 0)), "acs": count(row.get("acs", 0)),
+            "node": row["node"], "kind": row["kind"], "macs": count(row.get("macs", 0)),
+            "effective": count(row.get("effective_macs", 0)), "acs": count(row.get("acs", 0)),
             "updates": count(row.get("neuron_updates", 0)), "spikes": count(row.get("spikes", 0)), "bytes": count(moved(row)),
             "pj": count(row["pj"]), "memory_pj": count(row["memory_pj"]),
         }
@@ -141,7 +133,10 @@ def _nodes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _charts(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Two bars per block, the original and the program: by kind of operation, and by what is moved."""
+    """Two bars per block, the original and the program: by kind of operation, and by what is moved. With the table of a chip one, since
+    the original has no figure.
+    """
+    chip = data["constants"]["device"]
     blocks = {b["block"]: "outside of blocks" if b["block"] == "outside" else b["block"] for b in data["blocks"]}
     price = {m["data"]: m["pj_per_byte"] for m in data["moved"]}
     by_kind: dict[tuple[str, str], dict[str, float]] = {}
@@ -162,11 +157,11 @@ def _charts(data: Mapping[str, Any]) -> dict[str, Any]:
         ("by_data", by_data, "energy per block, by what is moved"),
     ):
         bars = [
-            Bar(name if side == "ann" else "spiking", found.get((block, side), {}), side == "snn")
+            Bar(name if side == "ann" or chip else "spiking", found.get((block, side), {}), side == "snn" and not chip)
             for block, name in blocks.items()
-            for side in ("ann", "snn")
+            for side in (("snn",) if chip else ("ann", "snn"))
         ]
-        charts[chart] = stacked(bars, *_unit(sum(bar.parts.values()) for bar in bars), label)
+        charts[chart] = stacked(bars, *unit_of(sum(bar.parts.values()) for bar in bars), label)
     return charts
 
 
@@ -174,7 +169,10 @@ def _provenance(data: Mapping[str, Any]) -> list[dict[str, str]]:
     constants, memory = data["constants"], data["memory"]
     rows = []
     for name in ("mac", "ac", "graded_mac", "update", "elementwise"):
-        rows.append(_number(name.replace("_", " "), constants[name], constants))
+        if constants[name] is not None:
+            rows.append(_number(name.replace("_", " "), constants[name], constants))
+    if constants["device"]:
+        return rows
     for level in memory["levels"]:
         rows.append(_number(f"{level['level']}, {level['bits']} bits", level["picojoules"], memory, level["level"]))
     rows.append(_number("partial sums", memory["partial_sum_accesses"], memory))
@@ -195,28 +193,16 @@ def _facts(data: Mapping[str, Any], versions: Mapping[str, str]) -> list[tuple[s
     bits = ", ".join(f"{name} {width}" for name, width in constants["bits"].items())
     holds = ", ".join(f"{name.replace('_', ' ')} in {level}" for name, level in memory["holds"].items())
     together = "together: membranes stay in registers" if memory["steps_together"] else "one after another: membranes are read and written"
+    of_memory = [
+        ("phase", f"{data['phase']}: {phase}"), ("time steps", together), ("widths [bits]", bits), ("memory", holds),
+        ("energies of memory", f"{memory['id']}: {memory['source']}; {memory['scope']}"),
+    ]  # fmt: skip
     return [
         ("text", f"{data['data']}, sha256 of its token ids {data['data_sha256']}"),
         ("measured", f"spikes, ACs, effective MACs and perplexity, on {data['tokens']:,} tokens in windows of {data['window']:,}"),
         ("counted from shapes", "dense MACs, MACs, elementwise operations, bytes; of the original everything"),
-        ("phase", f"{data['phase']}: {phase}"),
-        ("time steps", together),
-        ("widths [bits]", bits),
-        ("memory", holds),
         ("energies per operation", f"{constants['id']}: {constants['source']}; {constants['scope']}"),
-        ("energies of memory", f"{memory['id']}: {memory['source']}; {memory['scope']}"),
+        *([] if constants["device"] else of_memory),
+        ("mapped", "no: the program is placed on no chip; hops, packets and idle cores are not known"),
         ("made by", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
-
-
-def _part(name: str) -> str:
-    return files(__package__).joinpath("page", name).read_text(encoding="utf-8")
-
-
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader(str(__package__), "page")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("page.html.j2")

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ntc.energy.wording import count, energy, percent
+
 __all__ = ["headline"]
+
+_OPERATIONS = {
+    "macs": "multiply-accumulates", "graded_macs": "multiply-accumulates of graded spikes", "elementwise": "elementwise operations",
+}  # fmt: skip
 
 _NAMED = 2
 """Baselines that a sentence names, the first ones; the table has all."""
@@ -17,6 +23,8 @@ def headline(data: Mapping[str, Any]) -> tuple[str, str]:
     Args:
         data: ``EnergyReport.to_json``.
     """
+    if data["constants"]["device"]:
+        return _of_a_chip(data)
     attention, total = (
         {column: _compared(data, part, column) for column in ("compute", "compute_and_memory")} for part in ("attention", "total")
     )
@@ -25,6 +33,30 @@ def headline(data: Mapping[str, Any]) -> tuple[str, str]:
         f"With memory it takes {attention['compute_and_memory']}. The whole network takes {total['compute']}, by arithmetic alone; "
         f"{total['compute_and_memory']}, with memory. The spiking program is costed as {arithmetic}; per token, {data['phase']}."
     )
+
+
+def _of_a_chip(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Published figures of a chip times counts: said to be no more than that, with what they leave out."""
+    device, total, attention = data["constants"]["device"], data["total"]["snn_pj"], data["attention"]["ssa_pj"]
+    if total is None:
+        return (
+            f"Nothing in this program has a figure published for {device}.",
+            "The table has figures of what spikes cause, and nothing spikes.",
+        )
+    left_out = ", ".join(_left_out(row) for row in data["unpriced"] if row["side"] == "snn")
+    block = f"The attention block is {energy(attention)} of it. " if attention else ""
+    return (
+        f"What spikes cause in this program comes to {energy(total)} per token at figures published for {device}: counts times constants. "
+        "Nothing was mapped to that chip or run on it.",
+        f"{block}Not in it: {f'{left_out}, which the table has no figures for; ' if left_out else ''}{data['constants']['scope']}. "
+        "The original has no figure on this table, and no saving is stated.",
+    )
+
+
+def _left_out(row: Mapping[str, Any]) -> str:
+    share = row["share_of_dense_macs"]
+    beside = f" ({percent(share)} of the dense ones)" if share is not None else ""
+    return f"{count(row['number'])} {_OPERATIONS[row['operation']]}{beside}"
 
 
 def _compared(data: Mapping[str, Any], part: str, column: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ntc.energy.booking import booked
 from ntc.energy.constants import Constants, load_constants
 from ntc.energy.hierarchy import Memory, load_memory
 from ntc.energy.projections import attention_projections
@@ -60,8 +61,8 @@ def measure_energy(
     shapes = [(int(rows.shape[0]), int(rows.shape[1])) for rows in tokens.batches(batch)]
     original = count_by_distinct_shape(analog, shapes)
     return EnergyReport(
-        ann=Side(tuple(original.nodes.values()), original.tokens, attention_projections(analog)),
-        snn=Side(tuple(activity.nodes.values()), activity.tokens, attention_projections(program)),
+        ann=Side(tuple(original.nodes.values()), original.tokens, attention_projections(analog), booked(analog)),
+        snn=Side(tuple(activity.nodes.values()), activity.tokens, attention_projections(program), booked(program)),
         constants=constants or load_constants(),
         memory=memory or load_memory(),
         steps=program.steps,

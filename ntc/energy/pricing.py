@@ -10,8 +10,9 @@ from ntc.energy.constants import Constants
 from ntc.energy.hierarchy import CLASSES, Memory
 from ntc.energy.numbers import Level
 from ntc.observe import NodeCounts
+from ntc.ops import Counts
 
-__all__ = ["COLUMNS", "NOT_MAPPED", "Column", "Pricing", "reduction"]
+__all__ = ["COLUMNS", "NOT_MAPPED", "ONE_CHIP", "WITH_MEMORY", "Column", "Pricing", "reduction"]
 
 Column: TypeAlias = Literal["compute", "compute and memory"]
 COLUMNS: tuple[Column, ...] = ("compute", "compute and memory")
@@ -19,10 +20,16 @@ COLUMNS: tuple[Column, ...] = ("compute", "compute and memory")
 NOT_MAPPED = "not mapped: the program is placed on no chip, so hops, packets and idle cores are not known"
 """Why the third column, the placed program, is empty."""
 
+ONE_CHIP = "accumulates by spikes and neuron updates only, at figures published for one chip; of other operations it has none"
+"""What the first column is with the table of a chip."""
 
-def reduction(before: float, after: float) -> float | None:
-    """Share of the energy that is saved; negative if the second costs more."""
-    return 1 - after / before if before else None
+WITH_MEMORY = "the figures of a chip are of its operations with their memory: that of another table would count it twice"
+"""Why there is no second column with the table of a chip."""
+
+
+def reduction(before: float | None, after: float | None) -> float | None:
+    """Share of the energy that is saved; negative if the second costs more, None where there is nothing to compare with."""
+    return 1 - after / before if before and after is not None else None
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,23 @@ class Pricing:
 
     def memory_pj(self, nodes: Iterable[NodeCounts]) -> dict[str, float]:
         """Energy of the bytes moved, by class of data [pJ]."""
-        return {name: number * self.memory.per_byte(name) for name, number in self.moved(nodes).items()}
+        return {name: number * self.per_byte(name) for name, number in self.moved(nodes).items()}
+
+    def per_byte(self, name: str) -> float:
+        """Energy of one byte of a class [pJ]; none of its own where operations are costed with their memory."""
+        return 0.0 if self.constants.device else self.memory.per_byte(name)
 
     def column(self, column: Column, nodes: Iterable[NodeCounts]) -> float:
         """Energy of the nodes as a column of the report has it [pJ]."""
         nodes = list(nodes)
         return self.compute(nodes) + (sum(self.memory_pj(nodes).values()) if column == "compute and memory" else 0.0)
+
+    def stated(self, column: Column, nodes: Iterable[NodeCounts]) -> float | None:
+        """``column``, or None if the tables say nothing of it: a chip's figures are of its operations with their memory."""
+        nodes = list(nodes)
+        if not self.constants.device:
+            return self.column(column, nodes)
+        return self.constants.stated(sum((n.counts for n in nodes), Counts())) if column == "compute" else None
 
     def at(self, level: Level, only: str | None = None) -> Pricing:
         """Both tables with their low or high values, or with that of one number alone."""

@@ -11,7 +11,7 @@ from ntc.meta import block_of
 from ntc.ops import SOFTMAX_ATTENTION, aten, spec_of
 from ntc.program import Program, op_name
 
-__all__ = ["STREAM_NAMES", "attention_projections"]
+__all__ = ["LINEAR", "STREAM_NAMES", "attention_projections"]
 
 _WHOLE = (*SOFTMAX_ATTENTION, torch.ops.ntc.spiking_attention.default, torch.ops.ntc.integer_attention.default)
 _STREAMS = (
@@ -20,7 +20,7 @@ _STREAMS = (
 )  # fmt: skip
 _PRODUCTS = (*_WHOLE, *_STREAMS)
 STREAM_NAMES = frozenset(op_name(target) for target in _STREAMS)
-_LINEAR = (aten.linear.default, torch.ops.ntc.integer_linear.default)
+LINEAR = (aten.linear.default, torch.ops.ntc.integer_linear.default)
 
 
 def attention_projections(program: Program) -> frozenset[str]:
@@ -46,7 +46,7 @@ def _nearest_linears(start: Node, first: Callable[[Node], list[Node]], onward: C
         if node in seen or node.op != "call_function" or block_of(node) != block_of(start):
             continue
         seen.add(node)
-        if node.target in _LINEAR:
+        if node.target in LINEAR:
             found.add(node.name)
         else:
             frontier.extend(onward(node))

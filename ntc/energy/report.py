@@ -10,15 +10,16 @@ and routing, and says so. Multiply-accumulates of ops that ntc cannot count are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from ntc.energy.baselines import compare
+from ntc.energy.booking import by_kind
 from ntc.energy.constants import Constants
 from ntc.energy.hierarchy import Memory
-from ntc.energy.pricing import COLUMNS, NOT_MAPPED, Pricing, reduction
+from ntc.energy.pricing import COLUMNS, NOT_MAPPED, ONE_CHIP, WITH_MEMORY, Pricing, reduction
 from ntc.energy.projections import STREAM_NAMES
 from ntc.energy.sensitivity import sensitivity
 from ntc.errors import DataError
@@ -41,6 +42,7 @@ class Side:
     nodes: tuple[NodeCounts, ...]
     tokens: int
     attention_projections: frozenset[str] = frozenset()  # names of the linear layers around attention
+    kinds: Mapping[str, str] = field(default_factory=dict)  # under which kind each node is booked
 
     @cached_property
     def per_token(self) -> tuple[NodeCounts, ...]:
@@ -55,9 +57,18 @@ class Side:
                 result = result + node.counts
         return result * (1.0 / self.tokens)
 
-    def groups(self, attribute: str) -> list[str]:
-        """Values of ``block`` or ``kind`` over the nodes, in order; the block with the empty name is what lies outside."""
-        return list(dict.fromkeys(getattr(n, attribute) for n in self.nodes))
+    @cached_property
+    def by_block(self) -> dict[str, list[NodeCounts]]:
+        """Nodes of one token by block, in order; what lies outside of all blocks under the empty name."""
+        found: dict[str, list[NodeCounts]] = {}
+        for node in self.per_token:
+            found.setdefault(node.block, []).append(node)
+        return found
+
+    @cached_property
+    def by_kind(self) -> dict[str, list[NodeCounts]]:
+        """Nodes of one token by kind, in order."""
+        return by_kind(self.per_token, self.kinds)
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ class EnergyReport:
         The block is the products (query-key and probability-value) and, on the spiking side, the membrane updates of the
         Q, K, V and output neurons. ``with_projections`` adds the four projections.
         """
-        cost = self.constants.cost
+        cost = self.constants.stated
 
         def product(n: NodeCounts) -> bool:
             return n.kind == "attention"
@@ -178,24 +189,35 @@ class EnergyReport:
         """Share of the dense MACs that lies in ops without a counting rule, on the side where it is larger."""
         return max(_uncounted_share(side) for side in (self.ann, self.snn))
 
+    def unpriced(self) -> list[dict[str, Any]]:
+        """Operations per token that the table of a chip has no figure for; of multiply-accumulates also their share of the dense ones."""
+        rows = []
+        for name, side in (("ann", self.ann), ("snn", self.snn)):
+            total = side.total()
+            for operation, number in self.constants.unpriced(total).items():
+                share = number / total.dense_macs if operation in ("macs", "graded_macs") and total.dense_macs else None
+                rows.append({"side": name, "operation": operation, "number": number, "share_of_dense_macs": share})
+        return rows
+
     # -------------------------------------------------------------------------------------------- the report as data
 
     def columns(self, ann: list[NodeCounts], snn: list[NodeCounts]) -> list[dict[str, Any]]:
         """The three columns of some nodes of both sides [pJ per token]."""
         rows: list[dict[str, Any]] = []
         for column in COLUMNS:
-            before, after = self.pricing.column(column, ann), self.pricing.column(column, snn)
-            rows.append({"column": column, "ann_pj": before, "snn_pj": after, "reduction": reduction(before, after), "remark": ""})
+            before, after = self.pricing.stated(column, ann), self.pricing.stated(column, snn)
+            remark = "" if not self.constants.device else ONE_CHIP if column == COLUMNS[0] else WITH_MEMORY
+            rows.append({"column": column, "ann_pj": before, "snn_pj": after, "reduction": reduction(before, after), "remark": remark})
         return [*rows, {"column": "placed", "ann_pj": None, "snn_pj": None, "reduction": None, "remark": NOT_MAPPED}]
 
     def moved(self) -> list[dict[str, Any]]:
         """Bytes per token and their energy, by class of data."""
         ann, snn = (self.pricing.moved(side.per_token) for side in (self.ann, self.snn))
-        price = self.memory.per_byte
+        price = self.pricing.per_byte
         return [
             {
-                "data": name, "level": self.memory.holds[name], "pj_per_byte": price(name), "ann_bytes": ann[name], "snn_bytes": snn[name],
-                "ann_pj": ann[name] * price(name), "snn_pj": snn[name] * price(name),
+                "data": name, "level": self.constants.device or self.memory.holds[name], "pj_per_byte": price(name),
+                "ann_bytes": ann[name], "snn_bytes": snn[name], "ann_pj": ann[name] * price(name), "snn_pj": snn[name] * price(name),
             }
             for name in ann
         ]  # fmt: skip
@@ -227,7 +249,7 @@ class EnergyReport:
             sensitivity: Whether to also cost everything with low and high numbers.
         """
         ann, snn = list(self.ann.per_token), list(self.snn.per_token)
-        before, after = (self.pricing.compute(nodes) for nodes in (ann, snn))
+        before, after = (self.pricing.stated("compute", nodes) for nodes in (ann, snn))
         rate = self.firing_rate
         return {
             "unit": "pJ per token",
@@ -245,14 +267,13 @@ class EnergyReport:
             },
             "moved": self.moved(),
             "sensitivity": self.sensitivity() if sensitivity else None,
-            "blocks": [{"block": block or "outside", **self._both("block", block)} for block in self.ann.groups("block")],
-            "kinds": [
-                {"kind": kind, **self._both("kind", kind)}
-                for kind in dict.fromkeys([*self.ann.groups("kind"), *self.snn.groups("kind")])
-            ],
-            "nodes": {"ann": _rows(ann, self.pricing), "snn": _rows(snn, self.pricing)},
+            "blocks": [{"block": name or "outside", **both} for name, both in self._groups(self.ann.by_block, self.snn.by_block)],
+            "kinds": [{"kind": name, **both} for name, both in self._groups(self.ann.by_kind, self.snn.by_kind)],
+            "nodes": {"ann": _rows(self.ann, self.pricing), "snn": _rows(self.snn, self.pricing)},
             "uncounted": self.uncounted(),
             "uncounted_share": self.uncounted_share(),
+            "unpriced": self.unpriced(),
+            "mapped": None,
             "neurobench": self.neurobench(),
             "quality": {"perplexity": self.perplexity, "perplexity_ann": self.perplexity_ann},
             "steps": self.steps,
@@ -265,13 +286,17 @@ class EnergyReport:
             "memory": self.memory.to_json(),
         }  # fmt: skip
 
-    def _both(self, attribute: str, value: str) -> dict[str, float]:
-        """Energy [pJ per token] of the nodes with that block or kind, on both sides."""
-        result: dict[str, float] = {}
-        for name, side in (("ann", self.ann), ("snn", self.snn)):
-            nodes = [n for n in side.per_token if getattr(n, attribute) == value]
-            result |= {f"{name}_pj": self.pricing.compute(nodes), f"{name}_memory_pj": sum(self.pricing.memory_pj(nodes).values())}
-        return result
+    def _groups(self, ann: Mapping[str, list[NodeCounts]], snn: Mapping[str, list[NodeCounts]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Of each block or kind: energies [pJ per token] and counts of both sides."""
+        for name in dict.fromkeys([*ann, *snn]):
+            before, after = ann.get(name, []), snn.get(name, [])
+            yield name, {
+                "ann_pj": self.pricing.compute(before), "snn_pj": self.pricing.compute(after),
+                "ann_memory_pj": sum(self.pricing.memory_pj(before).values()),
+                "snn_memory_pj": sum(self.pricing.memory_pj(after).values()),
+                "ann": {**_numbers(before, self.pricing), "effective_macs": None},
+                "snn": {**_numbers(after, self.pricing), "effective_macs": sum(n.effective_macs for n in after)},
+            }  # fmt: skip
 
 
 def _hidden_macs(node: NodeCounts) -> float:
@@ -283,13 +308,20 @@ def _uncounted_share(side: Side) -> float:
     return hidden / (side.total().dense_macs + hidden) if hidden else 0.0
 
 
-def _rows(nodes: list[NodeCounts], pricing: Pricing) -> list[dict[str, Any]]:
+def _numbers(nodes: list[NodeCounts], pricing: Pricing) -> dict[str, float]:
+    """Operations and bytes of some nodes."""
+    return {**asdict(sum((n.counts for n in nodes), Counts())), **{f"{k}_bytes": v for k, v in pricing.moved(nodes).items()}}
+
+
+def _rows(side: Side, pricing: Pricing) -> list[dict[str, Any]]:
     """Nodes that compute or move something, with their counts and bytes per token."""
     rows = []
-    for n in nodes:
+    for n in side.per_token:
         numbers = {k: v for k, v in asdict(n.counts).items() if v}
+        if "effective_macs" in n.measured:
+            numbers["effective_macs"] = n.effective_macs
         moved = {f"{k}_bytes": v for k, v in pricing.moved([n]).items() if v}
         if numbers or moved:
-            where = {"node": n.name, "op": n.op, "module": n.module, "block": n.block, "kind": n.kind}
+            where = {"node": n.name, "op": n.op, "module": n.module, "block": n.block, "kind": side.kinds.get(n.name, n.kind)}
             rows.append({**where, **numbers, **moved, "pj": pricing.compute([n]), "memory_pj": sum(pricing.memory_pj([n]).values())})
     return rows

@@ -17,15 +17,16 @@ def sensitivity(ann: Sequence[NodeCounts], snn: Sequence[NodeCounts], pricing: P
 
     Both networks are costed with the same numbers, so a number that is in both moves the energies more than their ratio.
     """
+    columns = COLUMNS[:1] if pricing.constants.device else COLUMNS
     levels = [
-        {"level": level, "column": column, **_both(pricing.at(level), column, ann, snn)} for column in COLUMNS for level in LEVELS
+        {"level": level, "column": column, **_both(pricing.at(level), column, ann, snn)} for column in columns for level in LEVELS
     ]  # fmt: skip
     ranges: dict[str, Number] = {**pricing.constants.ranges, **pricing.memory.ranges}
     numbers = []
     for name, number in ranges.items():
         if number.certain:
             continue
-        for column in COLUMNS:
+        for column in columns:
             low, high = (_both(pricing.at(level, name), column, ann, snn)["reduction"] for level in ("low", "high"))
             if low is not None and high is not None and low != high:
                 numbers.append(
@@ -37,5 +38,5 @@ def sensitivity(ann: Sequence[NodeCounts], snn: Sequence[NodeCounts], pricing: P
 
 
 def _both(pricing: Pricing, column: Any, ann: Sequence[NodeCounts], snn: Sequence[NodeCounts]) -> dict[str, Any]:
-    before, after = pricing.column(column, ann), pricing.column(column, snn)
+    before, after = pricing.stated(column, ann), pricing.stated(column, snn)
     return {"ann_pj": before, "snn_pj": after, "reduction": reduction(before, after)}

@@ -45,11 +45,26 @@ def test_tables_by_name_and_reuse(compiled: Path, text: Path) -> None:
     assert "prefill, 16 tokens share one read of a weight" in shown(*options, "--reuse", 16)
 
 
+def test_figures_of_a_chip(compiled: Path, text: Path, tmp_path: Path) -> None:
+    options = ("energy", compiled, "--data", text, "--max-tokens", 24, "--constants", "loihi-1", "--report", tmp_path / "chip.html")
+    data = result(*options, "--sensitivity")
+    check_keys("energy", data)
+    assert data["constants"]["device"] == "Loihi 1" and data["constants"]["mac"] is data["total"]["ann_pj"] is None
+    assert data["total"]["snn_pj"] == pytest.approx(27.1 * data["total"]["snn"]["acs"] + 81 * data["total"]["snn"]["neuron_updates"])
+    out = " ".join(shown(*options).split())
+    for part in (
+        "at figures published for Loihi 1: counts times constants. Nothing was mapped to that chip or run on it.", "neuron updates", "Wrote",
+        "no saving is stated", "placed: not mapped", "before silicon", "Every multiply-accumulate of both networks is counted",
+    ):  # fmt: skip
+        assert part in out, part
+    assert "less energy" not in out and "Loihi 1 energy" not in out
+
+
 def test_the_list_of_constants() -> None:
     data = result("energy", "--list-constants")
     check_keys("energy --list-constants", data)
     assert {c["id"] for c in data["constants"]} >= {"horowitz-45nm-fp32", "horowitz-45nm-int8"}
-    assert {m["id"] for m in data["memories"]} == {"horowitz-45nm-dram", "horowitz-45nm-sram"}
+    assert {m["id"] for m in data["memories"]} == {"horowitz-45nm-dram", "horowitz-45nm-sram", "spikingjelly-2.0"}
     out = shown("energy", "--list-constants")
     assert "horowitz-45nm-fp16" in out and "DRAM 1950" in out and "ISSCC" in out
 

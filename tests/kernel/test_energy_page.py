@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ from programs import TOKENS, canonical, spiking
 
 from ntc.energy import load_constants, measure_energy
 from ntc.energy.bars import Bar, stacked
-from ntc.energy.document import MARK, count, page, percent
+from ntc.energy.document import MARK, page
 from ntc.energy.headline import headline
+from ntc.energy.wording import count, energy, percent
 from ntc.errors import ArtifactError
 from ntc.folders import check_page, write_page
 
@@ -52,6 +51,7 @@ def test_the_page_says_what_the_report_does(data: dict[str, Any]) -> None:
     for part in (
         headline(data)[0], "not mapped", "Every multiply-accumulate of both networks is counted", "Sensitivity", "partial sums",
         data["data_sha256"], "Horowitz", "ntc energy demo", "perplexity of this program", "transformer.h.1", "3 bits", "T·r",
+        "attention products", "softmax", "FFN", "lm_head", "placed on no chip",
     ):  # fmt: skip
         assert part in text, part
     assert "<script" not in text and "http-equiv" in text
@@ -93,6 +93,7 @@ def test_a_report_of_nothing_that_spikes() -> None:
 
 def test_numbers_as_text() -> None:
     assert [count(x) for x in (None, 0, 12.5, 9999, 12345, 4.2e6, 7e9, 3e12)] == ["not known", "0", "12.5", "9,999", "12.35 k", "4.2 M", "7 G", "3 T"]
+    assert [energy(x) for x in (0, 12.5, 1234, 4.2e6, 7e9, 3e12)] == ["0 pJ", "12.5 pJ", "1.234 nJ", "4.2 µJ", "7 mJ", "3 J"]
     assert [percent(x) for x in (None, 0.5, -0.25, -3)] == ["–", "50.0 %", "-25.0 %", "4.0 × as much"]
 
 
@@ -122,20 +123,6 @@ def test_places_that_are_refused(tmp_path: Path, data: dict[str, Any]) -> None:
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["mine.html", "out.html"]
     with pytest.raises(ArtifactError, match="cannot write"):
         write_page(tmp_path / "none" / "x.html", "")
-
-
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on the path: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (420, "dark")])

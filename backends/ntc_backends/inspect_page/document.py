@@ -6,10 +6,9 @@ import base64
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from ntc.pages import part, render
 from ntc_backends.inspect_page import records
 from ntc_backends.inspect_page.activity import BINS, Fired
 from ntc_backends.inspect_page.flow import flow_of
@@ -33,33 +32,32 @@ def page(subject: Subject, prompt: Prompt | None, fired: Mapping[str, Fired]) ->
     """
     flow = flow_of(subject)
     rates = {name: found.rate for name, found in fired.items()}
-    script = _part("page.js")
-    return str(
-        _template().render(
-            mark=MARK,
-            style=_part("page.css"),
-            script=script,
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            data=_data(subject, prompt, fired),
-            subject=subject,
-            name=str(subject.model["source"]).rstrip("/").rpartition("/")[2],
-            recipe=subject.manifest.get("recipe"),
-            prompt=prompt,
-            fired=fired,
-            shown=sum(len(f.rows) for f in fired.values()),
-            neurons=sum(f.element.size for f in fired.values()),
-            traced=any(f.traces for f in fired.values()),
-            headline=records.headline(subject, flow, fired),
-            sections=pictures(subject, flow, rates),
-            has_stream=flow.has_stream,
-            rate_steps=RATE_STEPS,
-            populations=records.population_rows(subject, flow, fired),
-            passes=records.pass_rows(subject),
-            verified=records.verify_rows(subject),
-            targets=subject.manifest.get("targets", {}),
-            widths=records.width_rows(subject),
-            commands=records.commands(subject, prompt),
-        )
+    script = part("ntc_backends.inspect_page", "page.js")
+    return render(
+        "ntc_backends.inspect_page",
+        mark=MARK,
+        style=part("ntc_backends.inspect_page", "page.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=_data(subject, prompt, fired),
+        subject=subject,
+        name=str(subject.model["source"]).rstrip("/").rpartition("/")[2],
+        recipe=subject.manifest.get("recipe"),
+        prompt=prompt,
+        fired=fired,
+        shown=sum(len(f.rows) for f in fired.values()),
+        neurons=sum(f.element.size for f in fired.values()),
+        traced=any(f.traces for f in fired.values()),
+        headline=records.headline(subject, flow, fired),
+        sections=pictures(subject, flow, rates),
+        has_stream=flow.has_stream,
+        rate_steps=RATE_STEPS,
+        populations=records.population_rows(subject, flow, fired),
+        passes=records.pass_rows(subject),
+        verified=records.verify_rows(subject),
+        targets=subject.manifest.get("targets", {}),
+        widths=records.width_rows(subject),
+        commands=records.commands(subject, prompt),
     )
 
 
@@ -78,16 +76,3 @@ def _data(subject: Subject, prompt: Prompt | None, fired: Mapping[str, Fired]) -
             for name, f in fired.items()
         ],
     }  # fmt: skip
-
-
-def _part(name: str) -> str:
-    return files(__package__).joinpath("page", name).read_text(encoding="utf-8")
-
-
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader(str(__package__), "page")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("page.html.j2")
