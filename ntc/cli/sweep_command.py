@@ -14,6 +14,8 @@ from ntc.cli.output import JsonFlag, VerboseFlag, count, energy, names, percent,
 from ntc.cli.tables import heading
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from ntc.sweep import Setting
 
 __all__ = ["add_to"]
@@ -27,7 +29,7 @@ def add_to(app: typer.Typer) -> None:
         "ntc sweep examples/gpt2-books --data held-out.txt --steps 1,2,4,8 -o build/sweep\n\n"
         "ntc sweep examples/gpt2-books --data held-out.txt --steps 2,4 --vary replace-attention.percentile=80,90,97 "
         "--recipe neurtransformer,ssa-only --cost attention -o build/sweep\n\n"
-        "ntc sweep examples/gpt2-books --data held-out.txt --steps 4,8 --also build/tuned -o build/sweep --json",
+        "ntc sweep examples/gpt2-books --data held-out.txt --steps 4,8 --also build/tuned -o build/sweep --report front.html",
     )(sweep)
 
 
@@ -54,6 +56,7 @@ def sweep(
     workers: Annotated[
         int | None, typer.Option(help="Processes (default: as many as processors, settings and memory allow).", min=1)
     ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the front as one HTML page without a network.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew what an earlier sweep has left in the folder.")] = False,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = 0,
@@ -61,19 +64,43 @@ def sweep(
     """Compile with many settings, measure quality and energy of each, and name those that no other setting beats in both.
 
     Every combination of --recipe, --steps and --vary is one point. The folder gets all figures (sweep.json) and a picture (front.png,
-    front.svg). A sweep that was stopped goes on with the same command, and one with more settings measures the new ones only.
+    front.svg), --report a page to look at and to print. A sweep that was stopped goes on with the same command, and one with more
+    settings measures the new ones only.
     """
     with session(as_json, verbose) as output:
         from ntc.sweep import Plan, sweep
 
+        if report is not None:
+            from ntc.folders import check_page
+            from ntc.sweep.document import MARK
+
+            check_page(report, MARK, "ntc sweep", "front.html")
         plan = Plan(model, data, calibration, settings_from(settings, set_, None, None), max_tokens, energy_tokens)
         chosen = _settings(names(recipe), steps, vary, also or [])
-        with output.progress() as report:
-            result = sweep(plan, chosen, out, cost=cost, workers=workers, overwrite=overwrite, progress=report)
+        with output.progress() as advance:
+            result = sweep(plan, chosen, out, cost=cost, workers=workers, overwrite=overwrite, progress=advance)
+        result["report"] = None if report is None else str(report)
+        if report is not None:
+            lists = {"--recipe": [",".join(names(recipe))], "--steps": [steps], "--vary": vary, "--also": also, "--set": set_}
+            single = {"--settings": settings, "--calibration": calibration, "--cost": cost, "--max-tokens": max_tokens}
+            options = {**lists, **{key: [value] for key, value in single.items()}, "--energy-tokens": [energy_tokens], "--report": [report]}
+            _write(report, result, ["ntc", "sweep", model, "--data", str(data), "-o", str(out)], options)
         for row in result["points"]:
             if "error" in row:
                 output.warn(f"{row['label']} could not be measured: {row['error']}")
         output.result(result, lambda console: _show(console, result))
+
+
+def _write(page_file: Path, result: dict[str, Any], words: list[str], options: Mapping[str, Sequence[object] | None]) -> None:
+    """The page, with the command line that makes it again."""
+    import shlex
+    from importlib.metadata import version
+
+    from ntc.folders import write_page
+    from ntc.sweep.document import page
+
+    given = [word for name, values in options.items() for value in values or () if value not in (None, "") for word in (name, str(value))]
+    write_page(page_file, page(result, shlex.join([*words, *given]), {name: version(name) for name in ("ntc-compiler", "torch")}))
 
 
 def _settings(recipes: list[str], steps: str, vary: list[str] | None, also: list[Path]) -> list[Setting]:
@@ -112,6 +139,8 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     console.print(listed)
     console.print()
     console.print(Text("Written to ").append(result["folder"], "bold").append(f"  {', '.join(result['files'])}", "dim"))
+    if result["report"]:
+        console.print(Text("Wrote ").append(result["report"], "bold"))
 
 
 def _number(value: float | None) -> str:

@@ -24,7 +24,11 @@ def test_the_figures_are_those_of_evaluate_and_energy(model: Path, compiled: Pat
         assert points[label]["firing_rate"] == pytest.approx(quality["firing_rate"], rel=1e-6)
         assert points[label]["energy"]["total"]["snn_pj"] == pytest.approx(cost["total"]["snn_pj"], rel=1e-6)
         assert points[label]["energy"]["attention"]["snn_pj"] == pytest.approx(cost["attention"]["ssa_pj"], rel=1e-6)
-    shown = run_ntc(*(a for a in arguments if a != "--json"), "--steps", "1,2", "--also", compiled)
+    report = tmp_path / "front.html"
+    shown = run_ntc(*(a for a in arguments if a != "--json"), "--steps", "1,2", "--also", compiled, "--report", report)
+    page = report.read_text(encoding="utf-8")
+    assert f"ntc sweep {model} --data {text} -o {tmp_path / 'out'} --steps 1,2 --also {compiled} --cost total" in page and "<svg" in page
+    assert "Wrote" in shown.out
     assert "no other setting is better in both" in shown.out
     assert sum(line.startswith("*") for line in shown.out.splitlines()) == len(ran.json["front"])
 
@@ -45,4 +49,6 @@ def test_bad_options(model: Path, text: Path, tmp_path: Path) -> None:
     refused(*given, "--steps", "one", says="steps")
     refused(*given, "--cost", "all", says="the cost of a sweep is total or attention")
     refused(*given, "--also", model, says="is no compiled folder")
+    (tmp_path / "notes.html").write_text("my notes")
+    refused(*given, "--report", tmp_path / "notes.html", says="is no page of ntc sweep: it is left as it is")
     assert not (tmp_path / "out").exists()
