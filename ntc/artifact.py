@@ -38,6 +38,7 @@ from ntc.errors import ArtifactError
 from ntc.folders import MANIFEST, reason_of, umask, undisturbed
 from ntc.meta import MADE_BY, MODULE, NEURON, ORIGIN, SCALE, SOURCE, STATE, NeuronSpec
 from ntc.program import ModelInfo, PassRecord, Program
+from ntc.scratch import released
 from ntc.state import StateSpec
 from ntc.verify import verify
 
@@ -90,7 +91,8 @@ def save(
     """
     _write_json(folder / "program.json", _graph_to_json(program))
     tensors = {name: t.detach().contiguous() for name, t in program.tensors.items()}
-    save_file(tensors, folder / "program.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "program.safetensors", metadata={"format": "pt"})  # from where they lie, one after the other
+    released(tensors.values())
     if analog is not None:
         _write_json(folder / "analog.json", _graph_to_json(analog))
     if tokenizer is not None:

@@ -25,6 +25,7 @@ from ntc.program import Program
 from ntc.recipe import Recipe, Settings, Step
 from ntc.registry import Backend, backend, find_pass
 from ntc.registry import recipe as find_recipe
+from ntc.scratch import default_folder, is_mapped, offered
 from ntc.text import Tokens, calibration_from, random_tokens, read_text, tokens_from
 
 __all__ = [
@@ -109,6 +110,7 @@ def compile_model(
     calibration: Path | str | Calibration | Tokens | None = None,
     tokenizer: Any | None = None,
     example: Tensor | None = None,
+    scratch: Path | None = None,
     progress: Progress = _silent,
 ) -> Compilation:
     """Compile a model to a spiking program.
@@ -125,6 +127,7 @@ def compile_model(
             tokens, with a warning: then thresholds mean little.
         tokenizer: If the model is a module, or captured.
         example: Example token ids, if the model is no Hugging Face model.
+        scratch: Folder in which the weights of a large network lie (``ntc.scratch``); by default in the cache.
         progress: Called with (label, done, total).
 
     Raises:
@@ -146,26 +149,27 @@ def compile_model(
         seconds[label] = now - started
         started = now
 
-    progress("capture", 0, 1)
-    program = model if isinstance(model, Program) else capture(model, example)
-    if tokenizer is None and isinstance(model, str | Path):
-        tokenizer = load_tokenizer(model)
-    lap("capture")
-    warnings = list(chosen.remarks(replace(settings, overrides=()), find_pass))
-    given = _calibration(text, program, calibration, tokenizer)
-    data = given if given is not None else _random(program)
-    context = Context(data, settings.overrides, progress)
-    split = next((i + 1 for i, p in enumerate(passes) if p.name == "canonicalize"), 0)
-    analog = run_pipeline(program, passes[:split], context)
-    _check_overrides(analog, settings)
-    if isinstance(model, str | Path):
-        _let_go_of_the_file(program, analog)
-    del program  # its weights in the model's own layout are not needed any more
-    gc.collect()  # torch.export leaves cycles that hold all of them
-    lap("canonicalize")
-    left = [p for p in passes[split:] if not (until_quantize and p.name == _QUANTIZE)]
-    compiled = run_pipeline(analog, left, context)
-    lap("passes")
+    with offered(scratch or default_folder()):
+        progress("capture", 0, 1)
+        program = model if isinstance(model, Program) else capture(model, example)
+        if tokenizer is None and isinstance(model, str | Path):
+            tokenizer = load_tokenizer(model)
+        lap("capture")
+        warnings = list(chosen.remarks(replace(settings, overrides=()), find_pass))
+        given = _calibration(text, program, calibration, tokenizer)
+        data = given if given is not None else _random(program)
+        context = Context(data, settings.overrides, progress)
+        split = next((i + 1 for i, p in enumerate(passes) if p.name == "canonicalize"), 0)
+        analog = run_pipeline(program, passes[:split], context)
+        _check_overrides(analog, settings)
+        if isinstance(model, str | Path):
+            _let_go_of_the_file(program, analog)
+        del program  # its weights in the model's own layout are not needed any more
+        gc.collect()  # torch.export leaves cycles that hold all of them
+        lap("canonicalize")
+        left = [p for p in passes[split:] if not (until_quantize and p.name == _QUANTIZE)]
+        compiled = run_pipeline(analog, left, context)
+        lap("passes")
     for override in settings.overrides:
         if override.module not in {module for module, _ in context.used}:
             warnings.append(f"the override for {override.module} changed nothing: no pass sets an option at those modules")
@@ -251,7 +255,7 @@ def _let_go_of_the_file(loaded: Program, canonical: Program) -> None:
     """
     mapped = {t.data_ptr() for t in loaded.tensors.values()}
     for tensor in canonical.tensors.values():
-        if tensor.data_ptr() in mapped:
+        if tensor.data_ptr() in mapped and not is_mapped(tensor):
             tensor.data = tensor.data.clone()
 
 

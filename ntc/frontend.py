@@ -26,7 +26,8 @@ from ntc.attention_hook import our_attention
 from ntc.errors import CaptureError, NtcError
 from ntc.loading import first_line, load_model
 from ntc.meta import stamp_captured, where
-from ntc.program import ModelInfo, PassRecord, Program
+from ntc.program import ModelInfo, PassRecord, Program, interpret
+from ntc.scratch import considered, released
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +69,7 @@ def capture(model: nn.Module | str | Path, example: Tensor | Sequence[Tensor] | 
         raise CaptureError(f"the example must be a tensor of token ids [B, L], not a {type(example).__name__}")
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
         module = copy.deepcopy(module).float()
+    considered(module, ours=module is not model)
     if isinstance(module, transformers.PreTrainedModel):
         return _capture_hugging_face(module, source, example)
     if example is None:
@@ -168,7 +170,9 @@ def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, 
         raise CaptureError(f"torch knows no shapes of {source} for any batch and length{at}: {first_line(error)}") from error
     _check_dynamic(program, source)
     with torch.no_grad():
-        drift = float((program.module(example) - expected).abs().max())
+        released(module.parameters())  # the reference has read them all
+        logits = interpret(program, example, lambda *_: None) if program.on_disk else program.module(example)
+        drift = float((logits - expected).abs().max())
     if not drift <= CAPTURE_TOLERANCE:
         raise CaptureError(f"the capture of {source} differs from the model by {drift:.3g} in its logits (limit {CAPTURE_TOLERANCE:g})")
     program.with_record(PassRecord("capture", {"source": source}, sites=len(program.graph.nodes), drift=drift))

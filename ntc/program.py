@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from ntc.errors import NtcError
 from ntc.info import ModelInfo, PassRecord, check_ids
 from ntc.meta import NAME, NEURON, STATE, TYPE, block_of, module_of
+from ntc.scratch import is_mapped, kept, released
 from ntc.shapes import Shapes
 from ntc.state import StateSpec
 
@@ -111,7 +112,7 @@ class Program:
             if not hasattr(owner, part):
                 owner.add_module(part, nn.Module())
             owner = getattr(owner, part)
-        value = value.detach().contiguous()
+        value = kept(value.detach().contiguous())
         if trainable and value.is_floating_point():
             owner.register_parameter(last, nn.Parameter(value))
         else:
@@ -202,8 +203,13 @@ class Program:
         if "streaming" in self.facts:
             logits = self.module(input_ids, *(part.initial(len(input_ids)) for part in self.state))[0]
         else:
-            logits = self.module(input_ids)
+            logits = interpret(self, input_ids, lambda *_: None) if self.on_disk else self.module(input_ids)
         return logits
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether weights are kept on disk (``ntc.scratch``): then it runs node by node, and each is in memory while it is used."""
+        return any(is_mapped(value) for value in self.tensors.values())
 
     def size(self, symbol: Any) -> str:
         """A dimension as text: ``B`` and ``L`` for the dynamic ones, ``P`` for the tokens before these."""
@@ -320,7 +326,7 @@ def interpret(
     tensors: Mapping[str, Tensor] | None = None,
     state: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Run a program node by node, freeing each value after its last use; returns the logits.
+    """Run a program node by node, freeing each value and each weight on disk after its last use; returns the logits.
 
     ``visit(node, args, value)`` is called for every ``call_function`` node; what it returns, unless None, replaces the
     value downstream. With ``last`` the run stops after that node and returns its value: whoever only watches the middle
@@ -351,5 +357,7 @@ def interpret(
         else:
             return cast(Tensor, values[program.results[0]])
         for used in done.get(node, ()):
-            del values[used]
+            value = values.pop(used)
+            if used.op == "get_attr":
+                released([value])
     raise AssertionError("a graph ends with an output node")

@@ -82,6 +82,9 @@ def compile_(
         Path | None, typer.Option(help="Held-out text for the quality in the closing table (default: the calibration text).")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality and energy for the closing table.")] = True,
+    scratch: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where weights lie while a large model is compiled (default: ~/.cache/ntc/scratch).")
+    ] = None,
     finetune: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Fine-tune on this text, too; may be given more than once.", rich_help_panel=_TUNE),
@@ -103,6 +106,7 @@ def compile_(
         data = _compile(
             out_put, model, out, recipe, settings_from(settings, set_, steps, percentile), quantize, calibration, names(emit),
             backend_options(emit_set, names(emit)), overwrite, evaluate, measure, finetune or [], _training_config(finetune, options),
+            scratch,
         )  # fmt: skip
         for warning in data["warnings"]:
             out_put.warn(warning)
@@ -112,7 +116,7 @@ def compile_(
 def _compile(
     output: Output, model: str, out: Path, recipe: str, settings: Any, bits: int | None, calibration: Path | None, emit: list[str],
     emit_options: dict[str, dict[str, Any]], overwrite: bool, evaluate: Path | None, measure: bool, texts: list[str],
-    training: TrainingConfig | None,
+    training: TrainingConfig | None, scratch: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     from ntc.compiler import compile_model, quantize, write
     from ntc.folders import check_output
@@ -132,7 +136,7 @@ def _compile(
     with output.progress() as report:
         done = compile_model(
             model, recipe=recipe, settings=settings, quantize=bits, until_quantize=training is not None, calibration=calibration,
-            progress=report,
+            scratch=scratch, progress=report,
         )  # fmt: skip
     seconds = dict(done.seconds)
     tuned = None

@@ -11,6 +11,7 @@ from torch.fx import Node
 from ntc.meta import building, module_of
 from ntc.ops import aten
 from ntc.program import Program
+from ntc.scratch import released
 
 __all__ = ["NewWeights", "constant_weights"]
 
@@ -55,6 +56,7 @@ class NewWeights:
             if (number := self._asked[wanted]) > 1:  # two tensors cannot both get the name when it is free
                 wanted = f"{wanted}_{number - 1}"
             self._made[old, change] = given = self.program.add_tensor(wanted, make(value.double()).to(value.dtype))
+            released([value])  # of a large network one weight is in memory at a time
             if not leaf:
                 self._in_place.setdefault(old, []).append((wanted, given))
         return self._made[old, change]
