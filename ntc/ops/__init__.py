@@ -3,7 +3,9 @@
 from ntc.ops.aten import aten as aten
 from ntc.ops.attention import attention as attention
 from ntc.ops.attention import attention_stream as attention_stream
+from ntc.ops.coded_attention import coded_attention as coded_attention
 from ntc.ops.decode import decode as decode
+from ntc.ops.digit_neuron import digit_neuron as digit_neuron
 from ntc.ops.encode import encode as encode
 from ntc.ops.encode import token_step as token_step
 from ntc.ops.from_integer import from_integer as from_integer
@@ -22,6 +24,8 @@ from ntc.ops.interval import Bound as Bound
 from ntc.ops.interval import Inside as Inside
 from ntc.ops.interval import Interval as Interval
 from ntc.ops.lif_neuron import leaky_integrate_fire as leaky_integrate_fire
+from ntc.ops.open_attention import causal_scores as causal_scores
+from ntc.ops.open_attention import weighted_values as weighted_values
 from ntc.ops.position_scale import position_scale as position_scale
 from ntc.ops.requantize import requantize as requantize
 from ntc.ops.rms_scale import rms_scale as rms_scale
@@ -36,6 +40,7 @@ from ntc.ops.spec import TypeMismatch as TypeMismatch
 from ntc.ops.spec import register as register
 from ntc.ops.spec import spec_of as spec_of
 from ntc.ops.spec import timed as timed
+from ntc.ops.spike_linear import spike_linear as spike_linear
 from ntc.ops.spiking_attention import spiking_attention as spiking_attention
 from ntc.ops.spiking_attention import spiking_attention_stream as spiking_attention_stream
 from ntc.ops.train_product import train_product as train_product
@@ -44,8 +49,8 @@ from ntc.ops.windowed_attention import windowed_attention as windowed_attention
 
 __all__ = [
     "SOFTMAX_ATTENTION", "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "Traffic", "TypeMismatch", "aten",
-    "attention", "decode", "encode", "from_integer", "fs_neuron", "fs_synapse", "hadamard", "if_rate", "integer_attention",
-    "integer_attention_stream", "integer_fire", "integer_linear", "integer_lookup", "integer_norm", "integrate_fire",
-    "leaky_integrate_fire", "position_scale", "register", "requantize", "rms_scale", "row_sum_scale", "spec_of", "spiking_attention",
-    "spiking_attention_stream", "timed", "token_step", "train_product", "windowed_attention",
+    "attention", "causal_scores", "coded_attention", "decode", "digit_neuron", "encode", "from_integer", "fs_neuron", "fs_synapse", "hadamard",
+    "if_rate", "integer_attention", "integer_attention_stream", "integer_fire", "integer_linear", "integer_lookup", "integer_norm",
+    "integrate_fire", "leaky_integrate_fire", "position_scale", "register", "requantize", "rms_scale", "row_sum_scale", "spec_of",
+    "spike_linear", "spiking_attention", "spiking_attention_stream", "timed", "token_step", "train_product", "weighted_values", "windowed_attention",
 ]  # fmt: skip

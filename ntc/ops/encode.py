@@ -15,7 +15,7 @@ Spikes are -1, 0 or 1; ``|x - d n| <= d / 2`` for ``|x| <= (N + 1/2) d``, whatev
 code of |n| with the sign on every plane, most significant first (Kim et al. 2018; LAS, arXiv 2505.09659): at most T of them for 2^(T+1) - 1
 values. The step is one number, one per channel ``[C]``, or one per token ``[B, L, 1]`` as ``ntc::token_step`` makes it:
 
-    d = factor max_c |x_c|,   factor = r / N               one comparison per channel and one product per token
+    d = factor max_c |x_c|,   factor = r / N               one comparison per channel and one product per token (or token and head)
 
 Gradients are straight through: ``d n`` has slope 1 in x between its ends and 0 outside, and ``n - x / d`` and ``+-N`` in d (Esser et al.
 2020, LSQ); every time step takes the share of its weight.
@@ -226,42 +226,54 @@ ENCODE = register(
 # ------------------------------------------------------------------------------------------------------------ the step of a token
 
 
+def _check_groups(x: Tensor, groups: int) -> None:
+    if groups < 1 or x.shape[-1] % groups:
+        raise ValueError(f"{x.shape[-1]} channels are not {groups} groups of as many")
+
+
 @torch.library.custom_op("ntc::token_step", mutates_args=())
-def token_step(x: Tensor, factor: float) -> Tensor:
-    """``factor max_c |x_c|`` of every token.
+def token_step(x: Tensor, factor: float, groups: int = 1) -> Tensor:
+    """``factor max_c |x_c|`` of every token, over each group of neighbouring channels.
 
     Args:
         x: Value, ``[..., C]``.
         factor: > 0.
+        groups: G, such as the number of heads; divides C.
 
     Returns:
-        ``[..., 1]``, positive; that of a token of zeros is tiny.
+        ``[..., G]``, positive; that of a token of zeros is tiny.
+
+    Raises:
+        ValueError: If the channels are not that many groups.
     """
-    return (x.abs().amax(-1, keepdim=True) * factor).clamp(min=_LEAST).contiguous()
+    _check_groups(x, groups)
+    return (x.abs().unflatten(-1, (groups, -1)).amax(-1) * factor).clamp(min=_LEAST).contiguous()
 
 
 @token_step.register_fake
-def _fake_step(x: Tensor, factor: float) -> Tensor:
-    return x.new_empty((*x.shape[:-1], 1))
+def _fake_step(x: Tensor, factor: float, groups: int = 1) -> Tensor:
+    _check_groups(x, groups)
+    return x.new_empty((*x.shape[:-1], groups))
 
 
 def _setup_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.factor = inputs
+    x, ctx.factor, ctx.groups = inputs
     ctx.save_for_backward(x)
 
 
-def _backward_step(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _backward_step(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (x,) = ctx.saved_tensors
-    size = x.abs()
+    size = x.abs().unflatten(-1, (ctx.groups, -1))
     largest = (size == size.amax(-1, keepdim=True)).to(grad.dtype)
-    return grad * ctx.factor * x.sign() * largest / largest.sum(-1, keepdim=True), None
+    to_size = grad.unsqueeze(-1) * ctx.factor * largest / largest.sum(-1, keepdim=True)
+    return to_size.flatten(-2) * x.sign(), None, None
 
 
 token_step.register_autograd(_backward_step, setup_context=_setup_step)
 
 
 def _infer_step(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
-    x, factor = node.args
+    x, factor = node.args[:2]
     assert isinstance(x, Node) and isinstance(factor, float)
     if not isinstance(type_of(x), Analog):
         raise TypeMismatch(f"the step of a token is made of analog values, and %{x.name} is {type_of(x)}", x)
@@ -276,11 +288,17 @@ def _count_step(node: Node, operands: Sequence[Operand], result: Operand, measur
 
 _ONNX_STEP = f"""
 <domain: "ntc", opset_import: ["": 20]>
-TokenStep <factor> (x) => (step)
+TokenStep <factor, groups> (x) => (step)
 {{
     last = Constant <value_ints = [-1]> ()
-    size = Abs(x)
-    top = ReduceMax <keepdims = 1> (size, last)
+    zero = Constant <value_ints = [0]> ()
+    number = Constant <value_int: int = @groups> ()
+    column = Unsqueeze(number, zero)
+    lead = Shape <end = -1> (x)
+    split = Concat <axis = 0> (lead, column, last)
+    parts = Reshape(x, split)
+    size = Abs(parts)
+    top = ReduceMax <keepdims = 0> (size, last)
     factor_value = Constant <value_float: float = @factor> ()
     factor_like = CastLike(factor_value, x)
     scaled = Mul(top, factor_like)

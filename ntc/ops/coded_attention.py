@@ -1,0 +1,336 @@
+r"""Causal softmax attention whose two products are made of spikes.
+
+Queries, keys, values and the softmax's numerators are coded by digit neurons (``ntc.ops.digit_neuron``), so that neither product multiplies
+two activations:
+
+    Q = d^Q sum_t w(t) q(t),  K, V likewise                                trains [T, B, L, C], a step per token and head, or known
+    S_ij = scale Q_i . K_j                                                 each spike of Q_i adds the stored K_j: accumulates
+    e_ij = exp(S_ij - max_j S_ij),   j <= i                                the analog island
+    p_ij = digits of e_ij a_j, step max_j(e_ij a_j) / N,  a_j = d^V_j      neurons [T', H, L, L], all on the positive side
+    y_i  = (sum_j P_ij V_j / a_j) / (sum_j P_ij / a_j),                    P = sum_t w'(t) p(t): each spike adds V_j / d^V_j and 1 / a_j
+
+K and V are stored as the whole numbers that their spikes count; so the cache is one of small integers. What is coded is ``e a`` and not
+e: the error of a numerator counts as much as the value that it is multiplied with is large, and tokens that attention rests on when it
+has nothing to do have large numerators and small values (attention sinks). The sum below the fraction is taken of the coded
+numerators, so that rows add up to 1 whatever was rounded away, and the step of a row cancels. Where the steps of V are known, ``a = 1``.
+
+Small numerators are silent: most of a row is. Events per numerator are what makes this product cheap; ``ntc energy`` measures them.
+
+Gradients are straight through: those of ``ntc::attention`` at the decoded Q, K and V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.ops.attention import _probabilities, merge_heads, split_heads
+from ntc.ops.digit_neuron import ONNX_DIGITS, spread
+from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, TypeMismatch, register
+from ntc.ops.spike_linear import ONNX_SUM, fitted_train, weighted
+from ntc.ops.traffic import causal, values
+from ntc.spike_type import ANALOG, Analog, NodeType
+
+__all__ = ["CODED_ATTENTION", "coded_attention", "coded_probabilities"]
+
+_TRAINS, _STEPS, _TABLES = slice(0, 3), slice(3, 6), slice(6, 9)
+
+
+def _check(trains: Sequence[Tensor], steps: Sequence[Tensor], tables: Sequence[Tensor], heads: int, kv_heads: int, per_token: bool) -> None:
+    weights, levels, thresholds = tables
+    if weights.dim() != 1 or weights.shape[0] != trains[0].shape[0]:
+        raise ValueError(f"weights of {trains[0].shape[0]} time steps have shape [{trains[0].shape[0]}], and not {list(weights.shape)}")
+    if levels.dim() != 1 or levels.shape != thresholds.shape:
+        shapes = f"{list(levels.shape)} and {list(thresholds.shape)}"
+        raise ValueError(f"weights and thresholds of the numerators have shape [T], and not {shapes}")
+    if heads % kv_heads:
+        raise ValueError(f"{kv_heads} key heads do not divide {heads} query heads")
+    for name, train, step, groups in zip(("queries", "keys", "values"), trains, steps, (heads, kv_heads, kv_heads), strict=True):
+        wanted = [[*train.shape[1:-1], groups]] if per_token else [[1], [train.shape[-1]]]
+        if list(step.shape) not in wanted:
+            raise ValueError(f"steps of the {name} have shape {' or '.join(map(str, wanted))}, and not {list(step.shape)}")
+
+
+def _digits(x: Tensor, levels: Sequence[float], thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Coded x >= 0 in steps, and its spikes, one per place and step: ``(value, spikes per place)``."""
+    left, events = x.clone(), torch.zeros_like(x)
+    for w, theta in zip(levels, thresholds, strict=True):
+        spikes = torch.nn.functional.hardshrink(left, theta).sign_()
+        left.sub_(spikes, alpha=w)
+        events += spikes.abs_()
+    return x - left, events
+
+
+def _below(thresholds: Tensor, dtype: torch.dtype) -> list[float]:
+    """The numbers that a membrane has to exceed: one floating-point step below each threshold."""
+    at = thresholds.to(dtype)
+    return torch.nextafter(at, torch.zeros_like(at)).tolist()
+
+
+def coded_probabilities(scores: Tensor, sizes: Tensor, levels: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerators as their spikes tell them, and the spikes.
+
+    Args:
+        scores: S, ``[..., L, L]``, minus infinity for j > i.
+        sizes: a, ``[..., 1, L]``.
+        levels: w', ``[T']``.
+        thresholds: theta', ``[T']``.
+
+    Returns:
+        P ``[..., L, L]`` in steps of the row, and spikes of each numerator.
+    """
+    numerators = (scores - scores.amax(-1, keepdim=True)).exp_() * sizes
+    numerators *= levels.sum().to(scores.dtype) / numerators.amax(-1, keepdim=True)
+    return _digits(numerators, levels.tolist(), _below(thresholds, scores.dtype))
+
+
+@torch.library.custom_op("ntc::coded_attention", mutates_args=())
+def coded_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_step: Tensor, key_step: Tensor, value_step: Tensor, weights: Tensor, levels: Tensor,
+    thresholds: Tensor, heads: int, kv_heads: int, scale: float, per_token: bool = False,
+) -> Tensor:  # fmt: skip
+    """Causal softmax attention on spikes (see the module's docstring).
+
+    Args:
+        query: Digits ``[T, B, L, H D]``.
+        key: ``[T, B, L, Hk D]``.
+        value: ``[T, B, L, Hk Dv]``.
+        query_step: ``[B, L, H]`` per token, else ``[1]`` or ``[H D]``.
+        key_step: ``[B, L, Hk]``, or ``[1]`` or ``[Hk D]``.
+        value_step: ``[B, L, Hk]``, or ``[1]`` or ``[Hk Dv]``.
+        weights: w of the three trains, ``[T]``.
+        levels: w' of the numerators, ``[T']``.
+        thresholds: theta', ``[T']``.
+        heads: H.
+        kv_heads: Hk; divides H.
+        scale: Factor of the scores.
+        per_token: Whether the steps are made while the network runs.
+
+    Returns:
+        y, ``[B, L, H Dv]``.
+
+    Raises:
+        ValueError: If an argument has another shape.
+    """
+    _check((query, key, value), (query_step, key_step, value_step), (weights, levels, thresholds), heads, kv_heads, per_token)
+    return _run(query, key, value, query_step, key_step, value_step, weights, levels, thresholds, heads, kv_heads, scale, per_token)[0]
+
+
+def _run(
+    query: Tensor, key: Tensor, value: Tensor, query_step: Tensor, key_step: Tensor, value_step: Tensor, weights: Tensor, levels: Tensor,
+    thresholds: Tensor, heads: int, kv_heads: int, scale: float, per_token: bool, count: bool = False,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """The result and, if they are counted, spikes of the numerators. One head at a time: its scores stay in the cache of a core."""
+    q, k, v = weighted(query, weights), weighted(key, weights), weighted(value, weights)
+    q, k = split_heads(q * spread(query_step, q), heads) * scale, split_heads(k * spread(key_step, k), kv_heads)
+    sizes = value_step.transpose(-1, -2).unsqueeze(-2) if per_token else None  # [B, Hk, 1, L]
+    v = split_heads(v if per_token else v * value_step, kv_heads)
+    length, group, spikes = q.shape[-2], heads // kv_heads, 0.0
+    hidden = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+    results = []
+    for head in range(heads):
+        own = head // group
+        scores = (q[..., head, :, :] @ k[..., own, :, :].transpose(-1, -2)).add_(hidden)
+        a = torch.ones((), dtype=q.dtype, device=q.device) if sizes is None else sizes[..., own, :, :]
+        coded, events = coded_probabilities(scores, a, levels, thresholds)
+        below = coded.sum(-1, keepdim=True) if sizes is None else coded @ a.reciprocal().transpose(-1, -2)
+        results.append((coded @ v[..., own, :, :]) / below)
+        spikes += float(events.sum(dtype=torch.float64)) if count else 0.0
+    return merge_heads(torch.stack(results, -3)).contiguous(), spikes
+
+
+@coded_attention.register_fake
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, query_step: Tensor, key_step: Tensor, value_step: Tensor, weights: Tensor, levels: Tensor,
+    thresholds: Tensor, heads: int, kv_heads: int, scale: float, per_token: bool = False,
+) -> Tensor:  # fmt: skip
+    _check((query, key, value), (query_step, key_step, value_step), (weights, levels, thresholds), heads, kv_heads, per_token)
+    return query.new_empty((*query.shape[1:-1], value.shape[-1] // kv_heads * heads))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.heads, ctx.kv_heads, ctx.scale = inputs[9:12]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *trains, query_step, key_step, value_step, weights = ctx.saved_tensors
+    sums = [weighted(train, weights) for train in trains]
+    steps = [spread(step, x) for step, x in zip((query_step, key_step, value_step), sums, strict=True)]
+    query, key, value = (x * step for x, step in zip(sums, steps, strict=True))
+    groups = ctx.heads // ctx.kv_heads
+    p, q, k = _probabilities(query, key, ctx.heads, ctx.kv_heads, ctx.scale)
+    v, g = split_heads(value, ctx.kv_heads).repeat_interleave(groups, dim=-3), split_heads(grad, ctx.heads)
+    to_p = g @ v.transpose(-2, -1)
+    to_scores = p * (to_p - (to_p * p).sum(-1, keepdim=True)) * ctx.scale
+
+    def per_kv_head(x: Tensor) -> Tensor:
+        return merge_heads(x.reshape(*x.shape[:-3], ctx.kv_heads, groups, *x.shape[-2:]).sum(-3))
+
+    given = (merge_heads(to_scores @ k), per_kv_head(to_scores.transpose(-2, -1) @ q), per_kv_head(p.transpose(-2, -1) @ g))
+    to_trains, to_steps = [], []
+    for to_x, x, step, own in zip(given, sums, steps, (query_step, key_step, value_step), strict=True):
+        w = weights.to(to_x.dtype).reshape(-1, *[1] * to_x.dim())
+        to_trains.append(w * (to_x * step))
+        to_step = to_x * x
+        if own.dim() > 1:
+            to_step = to_step.reshape(*own.shape, -1).sum(-1)
+        to_steps.append(to_step.sum_to_size(own.shape))
+    return *to_trains, *to_steps, *[None] * 7
+
+
+coded_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
+    arguments = [a for a in node.args if isinstance(a, Node)]
+    first, *others = [fitted_train(a, type_of, "coded_attention") for a in arguments[_TRAINS]]
+    for argument, kind in zip(arguments[1:3], others, strict=True):
+        if kind.steps != first.steps:
+            raise TypeMismatch(f"queries have T={first.steps} time steps, and %{argument.name} is {kind}", argument)
+    for argument in arguments[3:]:
+        if not isinstance(type_of(argument), Analog):
+            raise TypeMismatch(f"steps and tables of coded_attention are analog, and %{argument.name} is {type_of(argument)}", argument)
+    return ANALOG
+
+
+def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str, float]:
+    """Spikes of Q times the keys that they meet, and spikes of the numerators, which the result does not show."""
+    query = tensors[0]
+    per_token = query.abs().sum((0, -1), dtype=torch.float64)  # [B, L]
+    seen = torch.arange(1, query.shape[-2] + 1, dtype=torch.float64, device=query.device)
+    numbers: tuple[Any, ...] = (*node.args[9:], False)[:4]
+    given: tuple[Any, ...] = (*tensors[:9], *numbers, True)
+    spikes = _run(*given)[1]
+    return {"meetings": float((per_token * seen).sum()), "numerator_spikes": spikes}
+
+
+def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
+    """Q: an accumulate for each spike and key that it meets. Numerators: neurons of their own, Dv + 1 accumulates per spike. Softmax, the
+    decoding of the trains and one division per result are elementwise.
+    """
+    query, key, value = operands[_TRAINS]
+    steps, batch, length, width = query.shape
+    heads, kv_heads = node.args[9:11]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    tokens, places = batch * length, batch * length * causal(length) * heads
+    head = value.shape[-1] // kv_heads
+    digits = operands[7].shape[0]
+    decoded = query.numel + key.numel + value.numel
+    return Counts(
+        dense_macs=tokens * length * (width + heads * head), acs=measured["meetings"] + measured["numerator_spikes"] * (head + 1),
+        neuron_updates=places * digits, spikes=measured["numerator_spikes"], neurons=places,
+        elementwise=decoded + places * 4 + steps * places + result.numel * (digits + 1),
+    )  # fmt: skip
+
+
+def _moves(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
+    """Each spike of Q reads an entry of a stored key per key that it meets, each spike of a numerator a row of stored values; keys and
+    values are written once, membranes of the numerators are read and written at each step.
+    """
+    query, key, value = operands[_TRAINS]
+    kv_heads = node.args[10]
+    assert isinstance(kv_heads, int)
+    heads = node.args[9]
+    assert isinstance(heads, int)
+    tokens = query.numel // query.shape[0] // query.shape[-1]
+    updates = tokens * causal(query.shape[-2]) * heads * operands[7].shape[0]
+    read = measured["meetings"] + measured["numerator_spikes"] * (value.shape[-1] // kv_heads + 1)
+    written = tokens * (key.shape[-1] + value.shape[-1])
+    total = Traffic(cache=read + written, membranes=2 * updates) + values(query) + values(key) + values(value) + values(result)
+    for step in operands[_STEPS]:
+        if len(step.shape) > 1:
+            total = total + values(step)
+    return total
+
+
+def _onnx(per_token: bool) -> str:
+    split = {name: f"""
+        {ONNX_SUM.format(name, "weights")}
+        {name}_hd = Constant <value_int: int = @{"heads" if name == "query" else "kv_heads"}> ()
+        {name}_h = Unsqueeze({name}_hd, zero_axis)
+        {name}_batch = Shape <start = 1, end = 3> ({name})
+        {name}_split_shape = Concat <axis = 0> ({name}_batch, {name}_h, any)
+        {"".join((f"{name}_parts = Reshape({name}_value, {name}_split_shape)  {name}_column = Unsqueeze({name}_step, any)",
+                  "" if name == "value" else f"  {name}_scaled = Mul({name}_parts, {name}_column)")) if per_token else
+         f"{name}_known = Mul({name}_value, {name}_step)  {name}_scaled = Reshape({name}_known, {name}_split_shape)"}
+    """ for name in ("query", "key", "value")}  # fmt: skip
+    rows = "value_parts" if per_token else "value_scaled"
+    sizes = """
+        a_rows = Transpose <perm = [0, 2, 1]> (value_step)
+        a_axes = Constant <value_ints = [2, 3]> ()
+        a = Unsqueeze(a_rows, a_axes)
+        weighed = Mul(numerators, a)
+    """
+    under = """
+        inverse = Reciprocal(a)
+        shares = Mul(coded, inverse)
+        under = ReduceSum <keepdims = 1> (shares, any)
+    """
+    return f"""
+    <domain: "ntc", overload: "{"per_token" if per_token else ""}", opset_import: ["": 20]>
+    CodedAttention <heads, kv_heads, scale, per_token>
+        (query, key, value, query_step, key_step, value_step, weights, levels, thresholds_of_p) => (y)
+    {{
+        zero_axis = Constant <value_ints = [0]> ()
+        any = Constant <value_ints = [-1]> ()
+        {split["query"]}{split["key"]}{split["value"]}
+        heads_of_key = Constant <value_int: int = @kv_heads> ()
+        heads_of_query = Constant <value_int: int = @heads> ()
+        group_size = Div(heads_of_query, heads_of_key)
+        hk = Unsqueeze(heads_of_key, zero_axis)
+        group = Unsqueeze(group_size, zero_axis)
+        one_axis = Constant <value_ints = [1]> ()
+        grouped_shape = Concat <axis = 0> (query_batch, hk, group, any)
+        single_shape = Concat <axis = 0> (query_batch, hk, one_axis, any)
+        q_grouped = Reshape(query_scaled, grouped_shape)
+        k_single = Reshape(key_scaled, single_shape)
+        v_single = Reshape({rows}, single_shape)
+        q = Transpose <perm = [0, 2, 3, 1, 4]> (q_grouped)
+        kt = Transpose <perm = [0, 2, 3, 4, 1]> (k_single)
+        v = Transpose <perm = [0, 2, 3, 1, 4]> (v_single)
+        factor_value = Constant <value_float: float = @scale> ()
+        factor = CastLike(factor_value, q)
+        q_factor = Mul(q, factor)
+        products = MatMul(q_factor, kt)
+        hidden_value = Constant <value_float = -inf> ()
+        hidden = CastLike(hidden_value, q)
+        length = Shape <start = 1, end = 2> (query_value)
+        square = Concat <axis = 0> (length, length)
+        all_hidden = Expand(hidden, square)
+        diagonal = Constant <value_int = 1> ()
+        mask = Trilu <upper = 1> (all_hidden, diagonal)
+        scores = Add(products, mask)
+        top = ReduceMax <keepdims = 1> (scores, any)
+        lowered = Sub(scores, top)
+        numerators = Exp(lowered)
+        {sizes if per_token else "weighed = Identity(numerators)"}
+        largest = ReduceMax <keepdims = 1> (weighed, any)
+        whole = ReduceSum <keepdims = 0> (levels)
+        unit = Div(whole, largest)
+        x = Mul(weighed, unit)
+        v0 = Identity(x)
+        {ONNX_DIGITS.replace("thresholds)", "thresholds_of_p)").replace("(v0, weights", "(v0, levels")}
+        {ONNX_SUM.format("spikes", "levels")}
+        coded = Identity(spikes_value)
+        {under if per_token else "under = ReduceSum <keepdims = 1> (coded, any)"}
+        sums = MatMul(coded, v)
+        quotient = Div(sums, under)
+        back = Transpose <perm = [0, 3, 1, 2, 4]> (quotient)
+        lead = Shape <end = 2> (query_value)
+        merged = Concat <axis = 0> (lead, any)
+        y = Reshape(back, merged)
+    }}
+    """
+
+
+CODED_ATTENTION = register(
+    OpSpec(
+        target=torch.ops.ntc.coded_attention.default, infer=_infer, count=_count, moves=_moves, measure=_measure, element="host",
+        kind="attention", onnx=_onnx(False) + _onnx(True),
+    )
+)  # fmt: skip
