@@ -7,7 +7,7 @@ from typing import Any
 
 from ntc.recipe import Recipe, Step
 
-__all__ = ["ATTENTION", "FFN", "FFN_ONLY", "NEURTRANSFORMER", "SDLLM", "SSA_ONLY"]
+__all__ = ["ATTENTION", "FFN", "FFN_ONLY", "LOSSLESS", "NEURTRANSFORMER", "SDLLM", "SSA_ONLY"]
 
 ATTENTION: Mapping[str, Any] = {"normalizer": "leak", "output": "current"}
 """Options of replace-attention that the recipes choose, the winner of the comparison in docs/results.md. Binary Q and K, ternary V and
@@ -66,5 +66,23 @@ SDLLM = Recipe(
         Step("fold-norms"),
         Step("rotate", {"online": "ffn"}),  # without it the gated product keeps its outliers (docs/recipes.md)
         Step("encode-linears", {"code": "count", "steps": 7, "scale": "token"}),  # 4 bits: 2^3 - 1 steps, bidirectional
+    ),
+)
+
+LOSSLESS = Recipe(
+    name="lossless",
+    summary="Nothing trained: balanced ternary digits in front of every linear layer and in both products of attention.",
+    source="ntc's own, of published parts: rotation (QuaRot, arXiv 2404.00456), balanced ternary digits (Knuth, TAOCP 2, 4.1), softmax "
+    "numerators coded with the size of the values behind them; measured in docs/recipes.md",
+    spiking="the inputs of all linear layers, queries, keys, values and the softmax's numerators: every multiplication by a weight and "
+    "every product of two activations in attention",
+    analog="softmax (exp and one division per result), RMSNorm, SiLU and the gated product, rotary positions, embeddings, residual stream; "
+    "weights in float; the steps of each token are measured, and the gated product, queries and keys transformed, while the network runs",
+    steps=(
+        Step("canonicalize"),
+        Step("fold-norms"),
+        Step("rotate", {"online": "ffn"}),
+        Step("spike-products", {"steps": 5}),
+        Step("encode-linears", {"code": "digits", "steps": 5}),
     ),
 )
