@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ntc.errors import CaptureError
+from ntc.errors import CaptureError, NtcError
+from ntc.shards import in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["first_line", "folder_of", "hub_answers", "load_model", "load_tokenizer"]
+__all__ = ["first_line", "folder_of", "hub_answers", "load_config", "load_model", "load_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +42,10 @@ def load_model(source: str | Path) -> PreTrainedModel:
         CaptureError: Says in one sentence why it cannot be had.
     """
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import AutoModelForCausalLM
 
     name, path = str(source), Path(source)
-    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix != ""
-    if not path.exists() and looks_local:
-        raise CaptureError(f"there is no {'file' if path.suffix == _GGUF else 'folder'} {name}")
+    _check_there(name, path)
     where: dict[str, Any] = {"pretrained_model_name_or_path": name}
     if path.is_file():
         where = _gguf(path)
@@ -55,27 +53,17 @@ def load_model(source: str | Path) -> PreTrainedModel:
         raise CaptureError(f"{name} holds no config.json: it is not a Hugging Face model folder")
     offline = not path.exists() and not hub_answers(name)
     with _quiet(transformers), _fast_gguf() if path.is_file() else nullcontext():
+        config = _config(where, name, offline)
         try:
-            config = AutoConfig.from_pretrained(**where, local_files_only=offline)
-        except Exception as error:
-            if offline:
-                raise CaptureError(
-                    f"there is no folder {name}, and the hub, where a model of that name may be, cannot be reached: "
-                    "connect to a network, or give a local folder"
-                ) from error
-            kind = "read" if path.exists() else "find on disk or on the hub"
-            raise CaptureError(f"could not {kind} the model {name}: {first_line(error)}") from error
-        architectures = list(getattr(config, "architectures", None) or [])
-        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        if architectures and not known & set(architectures):
-            raise CaptureError(f"{name} is a {architectures[0]}, not a causal language model")
-        if getattr(config, "is_encoder_decoder", False) or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise CaptureError(f"{name} is a {config.model_type} model, not a causal language model")
-        try:
-            with redirect_stderr(io.StringIO()) if path.is_file() else nullcontext():  # a bar that no option of transformers hides
+            # The bar of a GGUF file is one that no option of transformers hides.
+            with redirect_stderr(io.StringIO()) if path.is_file() else nullcontext(), in_float32(path) as wide:
+                if wide is not path:
+                    where = {"pretrained_model_name_or_path": str(wide)}
                 model, report = AutoModelForCausalLM.from_pretrained(
                     **where, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=offline
                 )
+        except NtcError:
+            raise
         except Exception as error:
             raise CaptureError(f"could not load the weights of {name}: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
@@ -85,6 +73,54 @@ def load_model(source: str | Path) -> PreTrainedModel:
     model.eval()
     loaded: PreTrainedModel = model
     return loaded
+
+
+def load_config(source: str | Path) -> Any:
+    """Load the config of a causal language model: a folder that has one, the file itself, a GGUF file, or a hub id; no weights.
+
+    Raises:
+        CaptureError: Says in one sentence why it cannot be had.
+    """
+    import transformers
+
+    name, path = str(source), Path(source)
+    _check_there(name, path)
+    where: dict[str, Any] = _gguf(path) if path.suffix == _GGUF else {"pretrained_model_name_or_path": name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CaptureError(f"{name} holds no config.json: it is not a Hugging Face model folder")
+    with _quiet(transformers), _fast_gguf() if path.suffix == _GGUF else nullcontext():
+        return _config(where, name, offline=not path.exists() and not hub_answers(name))
+
+
+def _check_there(name: str, path: Path) -> None:
+    """Refuse what looks like a path and is none; anything else may be on the hub."""
+    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix != ""
+    if not path.exists() and looks_local:
+        raise CaptureError(f"there is no {'file' if path.suffix in (_GGUF, '.json') else 'folder'} {name}")
+
+
+def _config(where: dict[str, Any], name: str, offline: bool) -> Any:
+    """The config, if it is one of a causal language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(**where, local_files_only=offline)
+    except Exception as error:
+        if offline:
+            raise CaptureError(
+                f"there is no folder {name}, and the hub, where a model of that name may be, cannot be reached: "
+                "connect to a network, or give a local folder"
+            ) from error
+        kind = "read" if Path(name).exists() else "find on disk or on the hub"
+        raise CaptureError(f"could not {kind} the model {name}: {first_line(error)}") from error
+    architectures = list(getattr(config, "architectures", None) or [])
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if architectures and not known & set(architectures):
+        raise CaptureError(f"{name} is a {architectures[0]}, not a causal language model")
+    if getattr(config, "is_encoder_decoder", False) or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise CaptureError(f"{name} is a {config.model_type} model, not a causal language model")
+    return config
 
 
 def _gguf(path: Path) -> dict[str, Any]:

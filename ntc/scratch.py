@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ntc.errors import ArtifactError
 
-__all__ = ["LARGE_BYTES", "considered", "default_folder", "is_mapped", "kept", "offered", "released"]
+__all__ = ["LARGE_BYTES", "considered", "default_folder", "is_mapped", "kept", "offered", "released", "room_for", "unwritable"]
 
 LARGE_BYTES = 2 << 30
 """Networks with more float32 weights than this are kept on disk; below it three generations of weights fit into 8 GiB."""
@@ -66,6 +66,17 @@ def offered(folder: Path, larger_than: int = LARGE_BYTES, least: int = _LEAST_BY
         _SCRATCH.reset(token)
 
 
+def room_for(elements: int) -> Path | None:
+    """The scratch folder, if a network of so many weights is kept there; else None."""
+    scratch = _SCRATCH.get()
+    return scratch.folder if scratch is not None and 4 * elements > scratch.larger_than else None
+
+
+def unwritable(folder: Path, error: OSError) -> ArtifactError:
+    """What to say of a scratch folder that cannot be written."""
+    return ArtifactError(f"cannot keep weights in {folder}: {error.strerror or error}; give another folder, --scratch DIR")
+
+
 def considered(model: nn.Module, ours: bool) -> bool:
     """Whether a network is large enough to be kept on disk; what passes make of it is, from now on.
 
@@ -104,9 +115,7 @@ def kept(value: Tensor) -> Tensor:
             file.flush()
             pages = mmap.mmap(file.fileno(), plain.numel() * plain.element_size())
     except OSError as error:
-        raise ArtifactError(
-            f"cannot keep weights in {scratch.folder}: {error.strerror or error}; give another folder, --scratch DIR"
-        ) from error
+        raise unwritable(scratch.folder, error) from error
     made = torch.frombuffer(pages, dtype=plain.dtype).view(plain.shape)
     _MAPS[made.data_ptr()] = pages
     return made

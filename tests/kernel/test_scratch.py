@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ntc
-from ntc import artifact, compiler, scratch
+from ntc import artifact, compiler, scratch, shards
 from ntc.errors import ArtifactError
+from ntc.loading import load_model
 from ntc.program import Program, interpret
 from ntc.scratch import considered, is_mapped, kept, offered, released
+from ntc.shards import in_float32
 from ntc.testing import example_ids, tiny_gpt2
 
 
@@ -165,3 +168,72 @@ def test_the_default_folder_is_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> 
     assert scratch.default_folder() == Path("/somewhere/ntc/scratch")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert scratch.default_folder() == Path("~/.cache/ntc/scratch").expanduser()
+
+
+def stored(path: Path, **options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(path, **options)
+    return model
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_large_network_is_loaded_from_files_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str) -> None:
+    """What is handed to transformers holds float32 already, whether in one file or in several; nothing of it is left."""
+    written, where, seen = stored(tmp_path / "model", max_shard_size=shard), tmp_path / "scratch", []
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def watched(pretrained_model_name_or_path: str, **options: Any) -> Any:
+        for path in Path(pretrained_model_name_or_path).glob("*.safetensors"):
+            assert path.parent.parent == where and not path.is_symlink()
+            seen.extend(t.dtype for t in load_file(path).values())
+        return load(pretrained_model_name_or_path, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", watched)
+    with offered(where, larger_than=0):
+        model = load_model(tmp_path / "model")
+    assert len(seen) == 2 * 9 + 2 and set(seen) == {torch.float32}
+    assert list(where.iterdir()) == []
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, written.state_dict()[name].float()), name
+
+
+def test_files_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Nothing offered, a small network, one in float32 already."""
+    stored(tmp_path / "narrow")
+    stored(tmp_path / "wide").float().save_pretrained(tmp_path / "wide")
+    with in_float32(tmp_path / "narrow") as found:
+        assert found == tmp_path / "narrow"
+    with offered(tmp_path / "scratch"), in_float32(tmp_path / "narrow") as found:
+        assert found == tmp_path / "narrow"
+    with offered(tmp_path / "scratch", larger_than=0), in_float32(tmp_path / "wide") as found:
+        assert found == tmp_path / "wide"
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_other_types_stay(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5, dtype=torch.float16), "b": torch.arange(7), "c": torch.randn(2), "d": torch.tensor([True, False, True])}
+    (tmp_path / "model").mkdir()
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with offered(tmp_path / "scratch", larger_than=0), in_float32(tmp_path / "model") as found:
+        loaded = load_file(found / "model.safetensors")
+        assert (found / "config.json").read_text() == "{}"
+    assert {n: t.dtype for n, t in loaded.items()} == {"a": torch.float32, "b": torch.int64, "c": torch.float32, "d": torch.bool}
+    assert all(torch.equal(loaded[n], t.to(loaded[n].dtype)) for n, t in tensors.items())
+
+
+def test_a_disk_that_fills_while_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored(tmp_path / "model")
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shards, "_widen", full)
+    with offered(tmp_path / "scratch", larger_than=0), pytest.raises(ArtifactError, match="No space left on device; give another folder"):
+        load_model(tmp_path / "model")
+    assert list((tmp_path / "scratch").iterdir()) == []
