@@ -49,8 +49,9 @@ from ntc.ops.windowed_attention import windowed_attention as windowed_attention
 
 __all__ = [
     "SOFTMAX_ATTENTION", "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "Traffic", "TypeMismatch", "aten",
-    "attention", "causal_scores", "coded_attention", "decode", "digit_neuron", "encode", "from_integer", "fs_neuron", "fs_synapse", "hadamard",
-    "if_rate", "integer_attention", "integer_attention_stream", "integer_fire", "integer_linear", "integer_lookup", "integer_norm",
-    "integrate_fire", "leaky_integrate_fire", "position_scale", "register", "requantize", "rms_scale", "row_sum_scale", "spec_of",
-    "spike_linear", "spiking_attention", "spiking_attention_stream", "timed", "token_step", "train_product", "weighted_values", "windowed_attention",
+    "attention", "causal_scores", "coded_attention", "decode", "digit_neuron", "encode", "from_integer", "fs_neuron", "fs_synapse",
+    "hadamard", "if_rate", "integer_attention", "integer_attention_stream", "integer_fire", "integer_linear", "integer_lookup",
+    "integer_norm", "integrate_fire", "leaky_integrate_fire", "position_scale", "register", "requantize", "rms_scale", "row_sum_scale",
+    "spec_of", "spike_linear", "spiking_attention", "spiking_attention_stream", "timed", "token_step", "train_product", "weighted_values",
+    "windowed_attention",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Few-spikes neurons and products of trains in ONNX Runtime: the same bits as the kernels."""
+"""Few-spikes neurons, products of trains and open attention in ONNX Runtime: spikes are the same bits as the kernels'."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from onnx_cases import run_op
 from torch import Tensor
 
-from ntc.ops import encode, fs_neuron, fs_synapse, train_product
+from ntc.ops import causal_scores, encode, fs_neuron, fs_synapse, train_product, weighted_values
 from ntc_passes.spike_functions.fit import fit
 
 
@@ -34,3 +34,14 @@ def test_train_product(codes: tuple[str, str]) -> None:
     for other in (b, b[..., :1].contiguous()):
         got = run_op(torch.ops.ntc.train_product.default, [a, other], 4, overload, code_a=codes[0], code_b=codes[1])
         assert torch.equal(got, train_product(a, other, *codes))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "window"), [(4, 4, 0), (4, 2, 0), (4, 1, 3)])
+def test_open_attention(heads: int, kv_heads: int, window: int) -> None:
+    q, k, v = (values(2, 5, h * 3, seed=s) for s, h in enumerate((heads, kv_heads, kv_heads)))
+    sizes = {"heads": heads, "kv_heads": kv_heads, "window": window}
+    scores = causal_scores(q, k, heads, kv_heads, 0.7, window)
+    torch.testing.assert_close(run_op(torch.ops.ntc.causal_scores.default, [q, k], 3, scale=0.7, **sizes), scores)
+    p = scores.softmax(-1)
+    got = run_op(torch.ops.ntc.weighted_values.default, [p, v], 3, **sizes)
+    torch.testing.assert_close(got, weighted_values(p, v, heads, kv_heads, window))
