@@ -7,12 +7,19 @@ two activations:
     S_ij = scale Q_i . K_j                                                 each spike of Q_i adds the stored K_j: accumulates
     e_ij = exp(S_ij - max_j S_ij),   j <= i                                the analog island
     p_ij = digits of e_ij a_j, step max_j(e_ij a_j) / N,  a_j = d^V_j      neurons [T', H, L, L], all on the positive side
-    y_i  = (sum_j P_ij V_j / a_j) / (sum_j P_ij / a_j),                    P = sum_t w'(t) p(t): each spike adds V_j / d^V_j and 1 / a_j
+    P_ij = sum_t w'(t) p_ij(t),   E_ij = e_ij a_j in the same steps        each spike adds the stored V_j / a_j, and 1
+    r_i  = sum_j (E_ij - P_ij) / i                                         what coding has lost, spread over the keys of the row
+    y_i  = (sum_j P_ij V_j / a_j + r_i sum_j V_j / a_j) / (sum_j E_ij / a_j)
 
 K and V are stored as the whole numbers that their spikes count; so the cache is one of small integers. What is coded is ``e a`` and not
 e: the error of a numerator counts as much as the value that it is multiplied with is large, and tokens that attention rests on when it
-has nothing to do have large numerators and small values (attention sinks). The sum below the fraction is taken of the coded
-numerators, so that rows add up to 1 whatever was rounded away, and the step of a row cancels. Where the steps of V are known, ``a = 1``.
+has nothing to do have large numerators and small values (attention sinks). Where the steps of V are known, ``a = 1``.
+
+Most numerators are small, and what is below half a step is lost, always on one side. ``r_i`` gives the row back what it has lost in all,
+evenly: one running sum of the values, ``sum_{j<=i} V_j / a_j``, and one product per result. The sum below the fraction is that of the
+softmax itself, and the step of a row cancels. In steps of the row, with ``u_j = V_j / a_j``, the error is at most
+
+    |y_i - exact| <= (sum_j |u_j - mean_{j<=i} u| / 2) / sum_j E_ij / a_j       beside those of Q, K and V
 
 Small numerators are silent: most of a row is. Events per numerator are what makes this product cheap; ``ntc energy`` measures them.
 
@@ -71,8 +78,8 @@ def _below(thresholds: Tensor, dtype: torch.dtype) -> list[float]:
     return torch.nextafter(at, torch.zeros_like(at)).tolist()
 
 
-def coded_probabilities(scores: Tensor, sizes: Tensor, levels: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerators as their spikes tell them, and the spikes.
+def coded_probabilities(scores: Tensor, sizes: Tensor, levels: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numerators, as they are and as their spikes tell them, and the spikes.
 
     Args:
         scores: S, ``[..., L, L]``, minus infinity for j > i.
@@ -81,11 +88,11 @@ def coded_probabilities(scores: Tensor, sizes: Tensor, levels: Tensor, threshold
         thresholds: theta', ``[T']``.
 
     Returns:
-        P ``[..., L, L]`` in steps of the row, and spikes of each numerator.
+        E and P, ``[..., L, L]`` in steps of the row, and spikes of each numerator.
     """
     numerators = (scores - scores.amax(-1, keepdim=True)).exp_() * sizes
     numerators *= levels.sum().to(scores.dtype) / numerators.amax(-1, keepdim=True)
-    return _digits(numerators, levels.tolist(), _below(thresholds, scores.dtype))
+    return numerators, *_digits(numerators, levels.tolist(), _below(thresholds, scores.dtype))
 
 
 @torch.library.custom_op("ntc::coded_attention", mutates_args=())
@@ -131,14 +138,16 @@ def _run(
     v = split_heads(v if per_token else v * value_step, kv_heads)
     length, group, spikes = q.shape[-2], heads // kv_heads, 0.0
     hidden = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+    sums, seen = v.cumsum(-2), torch.arange(1, length + 1, dtype=q.dtype, device=q.device).unsqueeze(-1)
     results = []
     for head in range(heads):
         own = head // group
         scores = (q[..., head, :, :] @ k[..., own, :, :].transpose(-1, -2)).add_(hidden)
         a = torch.ones((), dtype=q.dtype, device=q.device) if sizes is None else sizes[..., own, :, :]
-        coded, events = coded_probabilities(scores, a, levels, thresholds)
-        below = coded.sum(-1, keepdim=True) if sizes is None else coded @ a.reciprocal().transpose(-1, -2)
-        results.append((coded @ v[..., own, :, :]) / below)
+        exact, coded, events = coded_probabilities(scores, a, levels, thresholds)
+        below = exact.sum(-1, keepdim=True) if sizes is None else exact @ a.reciprocal().transpose(-1, -2)
+        lost = (exact.sum(-1, keepdim=True) - coded.sum(-1, keepdim=True)) / seen
+        results.append((coded @ v[..., own, :, :] + lost * sums[..., own, :, :]) / below)
         spikes += float(events.sum(dtype=torch.float64)) if count else 0.0
     return merge_heads(torch.stack(results, -3)).contiguous(), spikes
 
@@ -211,7 +220,7 @@ def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str,
 
 def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Counts:
     """Q: an accumulate for each spike and key that it meets. Numerators: neurons of their own, Dv + 1 accumulates per spike. Softmax, the
-    decoding of the trains and one division per result are elementwise.
+    decoding of the trains, the running sum of the values, and a product, a sum and a division per result are elementwise.
     """
     query, key, value = operands[_TRAINS]
     steps, batch, length, width = query.shape
@@ -224,7 +233,7 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return Counts(
         dense_macs=tokens * length * (width + heads * head), acs=measured["meetings"] + measured["numerator_spikes"] * (head + 1),
         neuron_updates=places * digits, spikes=measured["numerator_spikes"], neurons=places,
-        elementwise=decoded + places * 4 + steps * places + result.numel * (digits + 1),
+        elementwise=decoded + places * 5 + steps * places + value.numel // steps + result.numel * (digits + 3),
     )  # fmt: skip
 
 
@@ -268,7 +277,7 @@ def _onnx(per_token: bool) -> str:
     """
     under = """
         inverse = Reciprocal(a)
-        shares = Mul(coded, inverse)
+        shares = Mul(x, inverse)
         under = ReduceSum <keepdims = 1> (shares, any)
     """
     return f"""
@@ -317,9 +326,24 @@ def _onnx(per_token: bool) -> str:
         {ONNX_DIGITS.replace("thresholds)", "thresholds_of_p)").replace("(v0, weights", "(v0, levels")}
         {ONNX_SUM.format("spikes", "levels")}
         coded = Identity(spikes_value)
-        {under if per_token else "under = ReduceSum <keepdims = 1> (coded, any)"}
-        sums = MatMul(coded, v)
-        quotient = Div(sums, under)
+        {under if per_token else "under = ReduceSum <keepdims = 1> (x, any)"}
+        above = MatMul(coded, v)
+        all_exact = ReduceSum <keepdims = 1> (x, any)
+        all_coded = ReduceSum <keepdims = 1> (coded, any)
+        missing = Sub(all_exact, all_coded)
+        first = Constant <value_int = 0> ()
+        single = Constant <value_int = 1> ()
+        rows = Squeeze(length)
+        positions = Range(first, rows, single)
+        next_positions = Add(positions, single)
+        seen = CastLike(next_positions, x)
+        seen_column = Unsqueeze(seen, any)
+        lost = Div(missing, seen_column)
+        token_axis = Constant <value_int = 3> ()
+        running = CumSum(v, token_axis)
+        given_back = Mul(lost, running)
+        whole_sums = Add(above, given_back)
+        quotient = Div(whole_sums, under)
         back = Transpose <perm = [0, 3, 1, 2, 4]> (quotient)
         lead = Shape <end = 2> (query_value)
         merged = Concat <axis = 0> (lead, any)
