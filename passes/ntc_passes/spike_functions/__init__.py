@@ -4,7 +4,8 @@ r"""Nonlinear functions by few-spikes neurons and products of trains, each kind 
 ``activation``  SiLU, GELU, sigmoid, tanh: neurons fitted to the function; the graded train that they give sums to its value
 ``gate``        a product of an activation and another value: product of their two trains
 ``norm``        RMSNorm and LayerNorm: the input in phase code, its square, mean, a neuron for 1/sqrt, and the product of both trains
-``softmax``     exp below the largest score of a row, the row's sum, a neuron for 1/x, and the product of both trains
+``softmax``     exp below the largest score of a row, the row's sum, a neuron for 1/x, and the product of both trains; in attention between
+                scores and weighted values, two ops that take its place
 =============  =======================================================================================================================
 
 Before::
@@ -25,7 +26,7 @@ fitted, on which interval, and the largest error.
 
 What stays analog inside is said in the notes under ``islands``: the largest channel of a token (its step), the largest score of a row,
 sums of real values along a row and their division by a constant, gains and biases. Functions that are not chosen are islands altogether. A
-norm over heads, and a softmax whose number of keys is not known, are left alone with the reason.
+norm over heads, capped scores, and a softmax whose number of keys is not known, are left alone with the reason.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ _ISLANDS: dict[Kind, tuple[str, ...]] = {
         "the step of each token: its largest channel", "the mean of the squares, and LayerNorm's of the channels: sums of real values",
         "gains and biases",
     ),
-    "softmax": ("the largest score of each row, which is subtracted", "the sum of each row of exponentials: real values"),
+    "softmax": (
+        "the largest score of each row, which is subtracted", "the sum of each row of exponentials: real values",
+        "the products of attention, Q K and P V",
+    ),
 }  # fmt: skip
 
 
@@ -84,7 +88,7 @@ class Options:
         activation: SiLU, GELU, sigmoid, tanh: ``analog`` or ``spiking``.
         gate: The product of a gated FFN.
         norm: RMSNorm and LayerNorm.
-        softmax: Softmax of scores that stand in the graph.
+        softmax: Softmax, that of attention and any other along a last axis.
         steps: T, time steps of all of them.
         intervals: G, most intervals that a function of each value is fitted in; a function of a row gets four times as many.
         margin: By which part of it the interval that the calibration text reaches is widened at each end.
@@ -165,7 +169,9 @@ def _refusal(node: Node, kind: Kind, program: Program) -> str:
         if not isinstance(given := argument.meta.get(TYPE, ANALOG), Analog):
             return f"its input %{argument.name} is {given}, and not analog"
     if node.target in SOFTMAX_ATTENTION:
-        return "its scores are inside of it: run a pass that takes attention apart in front of this one"
+        if len(node.args) > 7 and node.args[7]:
+            return "its scores are capped, which this pass has no neurons for"
+        return "" if program.info.context else "the number of its keys is not known: the model states no context"
     value = node.meta["val"]
     if kind in ("gate", "norm") and value.dim() != 3:
         return f"it is no [B, L, C] value but has {value.dim()} axes, as norms of single heads have"
@@ -178,6 +184,9 @@ def _refusal(node: Node, kind: Kind, program: Program) -> str:
 
 def _keys(node: Node, program: Program) -> int:
     """Most values in a row of a softmax; 0 if unknown."""
+    if node.target in SOFTMAX_ATTENTION:
+        window = node.args[6] if len(node.args) > 6 else 0
+        return min(filter(None, (program.info.context, window)))  # type: ignore[type-var, return-value]
     size = node.meta["val"].shape[-1]
     return size if isinstance(size, int) else program.info.context
 
@@ -243,6 +252,8 @@ def _rewrite(builder: Builder, node: Node, kind: Kind, options: Options, fits: l
         builder.replace(node, lambda call: builder.function(call, source, fits[0], node.name)[0])
     elif kind == "norm":
         builder.norm(node, fits[0])
+    elif node.target in SOFTMAX_ATTENTION:
+        builder.attention(node, fits[0], fits[1])
     elif kind == "softmax":
         builder.replace(node, lambda call: builder.softmax(call, source, node.name, fits[0], fits[1]))
     else:

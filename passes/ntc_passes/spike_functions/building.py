@@ -150,6 +150,19 @@ class Builder:
         _, factor = self.function(call, total, reciprocal, f"{name}_share")
         return self.product(call, mass, factor, name)
 
+    def attention(self, node: Node, exponential: Fit, reciprocal: Fit) -> None:
+        """``ntc.attention`` as scores, this softmax, and weighted values."""
+        query, key, value, heads, kv_heads, scale, *rest = node.args
+        window = rest[0] if rest else 0
+
+        def make(call: Any) -> Node:
+            scores = call(_OPS.causal_scores.default, query, key, heads, kv_heads, scale, window, name=f"{node.name}_scores")
+            weights = self.softmax(call, scores, f"{node.name}_softmax", exponential, reciprocal)
+            made: Node = call(_OPS.weighted_values.default, weights, value, heads, kv_heads, window, name=node.name)
+            return made
+
+        self.replace(node, make)
+
 
 def norm_arguments(node: Node) -> tuple[Any, Any, Any, float]:
     """Input, weight, bias and eps of a norm."""
