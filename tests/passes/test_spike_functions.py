@@ -25,6 +25,7 @@ from ntc.spike_type import SpikeType
 from ntc.testing import check_pass, count_ops, example_ids
 from ntc_passes.spike_functions import SpikeFunctions
 from ntc_passes.spike_functions.fit import FUNCTIONS
+from ntc_passes.spike_products import SpikeProducts
 
 EPS = torch.finfo(torch.float32).eps
 EVERYTHING = {"activation": "spiking", "gate": "spiking", "norm": "spiking", "softmax": "spiking"}
@@ -272,6 +273,13 @@ def test_what_cannot_be_computed_is_left_alone() -> None:
     assert count_ops(after)["rms_norm"] == 2
     check_pass(SpikeFunctions.configure({"softmax": "spiking"}), analog("gemma2"), sites=0, missed=[LEFT_ANALOG, "its scores are capped"] + [LEFT_ANALOG] * 7)
     check_pass(SpikeFunctions.configure(EVERYTHING), tailed(lambda m, x: functional.softmax(x, 1)), missed=["along axis 1, and not the last one"])
+
+
+def test_attention_of_coded_products_is_left_alone() -> None:
+    program = run_pipeline(analog("llama"), [SpikeProducts()])
+    after = run_pipeline(program, [SpikeFunctions.configure({"softmax": "spiking", "gate": "spiking"})])
+    assert [reason.endswith("run this pass in front of spike-products") for _, reason in after.history[-1].missed if reason != LEFT_ANALOG] == [True, True]
+    assert "softmax of 2 nodes, altogether" in after.history[-1].notes["islands"]
 
 
 def test_activations_need_calibration_text() -> None:

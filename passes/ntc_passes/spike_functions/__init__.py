@@ -26,7 +26,8 @@ fitted, on which interval, and the largest error.
 
 What stays analog inside is said in the notes under ``islands``: the largest channel of a token (its step), the largest score of a row,
 sums of real values along a row and their division by a constant, gains and biases. Functions that are not chosen are islands altogether. A
-norm over heads, capped scores, and a softmax whose number of keys is not known, are left alone with the reason.
+norm over heads, capped scores, a softmax whose number of keys is not known, and attention that ``spike-products`` has converted, are left
+alone with the reason. The other way round that pass finds no attention any more: its products stay analog where the softmax is spiking.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ _ACTIVATIONS: dict[Any, Callable[[Node], str]] = {
 }
 _NORMS = frozenset({aten.rms_norm.default, aten.layer_norm.default})
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
+_CODED = torch.ops.ntc.coded_attention.default
 _ROWS = 4  # times as many intervals for a function of one value per row
 
 _ISLANDS: dict[Kind, tuple[str, ...]] = {
@@ -149,7 +151,7 @@ def _kind(node: Node) -> Kind | None:
         return "activation"
     if node.target in _NORMS:
         return "norm"
-    if node.target in _SOFTMAX or node.target in SOFTMAX_ATTENTION:
+    if node.target in _SOFTMAX or node.target in SOFTMAX_ATTENTION or node.target is _CODED:
         return "softmax"
     if node.target is aten.mul.Tensor:
         factors = [a for a in node.args if isinstance(a, Node) and a.op == "call_function"]
@@ -165,6 +167,8 @@ def _shape(node: Node) -> tuple[Any, ...]:
 
 def _refusal(node: Node, kind: Kind, program: Program) -> str:
     """Why a function cannot be computed with spikes, or an empty string."""
+    if node.target is _CODED:
+        return "its products are made of spikes and its exponentials inside of it: run this pass in front of spike-products"
     for argument in node.all_input_nodes:
         if not isinstance(given := argument.meta.get(TYPE, ANALOG), Analog):
             return f"its input %{argument.name} is {given}, and not analog"
