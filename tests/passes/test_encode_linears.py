@@ -170,7 +170,7 @@ def test_what_cannot_be_encoded_is_left_alone() -> None:
 
 
 def test_static_steps_need_calibration_text() -> None:
-    with pytest.raises(PassError, match="static steps on calibration text: give --calibration FILE"):
+    with pytest.raises(PassError, match="encode-linears measures on calibration text: give --calibration FILE"):
         run_pipeline(analog("llama"), [EncodeLinears.configure({"scale": "static"})])
 
 
