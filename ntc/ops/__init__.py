@@ -8,6 +8,7 @@ from ntc.ops.decode import decode as decode
 from ntc.ops.digit_neuron import digit_neuron as digit_neuron
 from ntc.ops.encode import encode as encode
 from ntc.ops.encode import token_step as token_step
+from ntc.ops.expectation import expectation as expectation
 from ntc.ops.from_integer import from_integer as from_integer
 from ntc.ops.fs_neuron import fs_neuron as fs_neuron
 from ntc.ops.fs_neuron import fs_synapse as fs_synapse
@@ -24,6 +25,7 @@ from ntc.ops.interval import Bound as Bound
 from ntc.ops.interval import Inside as Inside
 from ntc.ops.interval import Interval as Interval
 from ntc.ops.lif_neuron import leaky_integrate_fire as leaky_integrate_fire
+from ntc.ops.mt_neuron import mt_neuron as mt_neuron
 from ntc.ops.open_attention import causal_scores as causal_scores
 from ntc.ops.open_attention import weighted_values as weighted_values
 from ntc.ops.position_scale import position_scale as position_scale
@@ -49,9 +51,9 @@ from ntc.ops.windowed_attention import windowed_attention as windowed_attention
 
 __all__ = [
     "SOFTMAX_ATTENTION", "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "Traffic", "TypeMismatch", "aten",
-    "attention", "causal_scores", "coded_attention", "decode", "digit_neuron", "encode", "from_integer", "fs_neuron", "fs_synapse",
-    "hadamard", "if_rate", "integer_attention", "integer_attention_stream", "integer_fire", "integer_linear", "integer_lookup",
-    "integer_norm", "integrate_fire", "leaky_integrate_fire", "position_scale", "register", "requantize", "rms_scale", "row_sum_scale",
-    "spec_of", "spike_linear", "spiking_attention", "spiking_attention_stream", "timed", "token_step", "train_product", "weighted_values",
-    "windowed_attention",
+    "attention", "causal_scores", "coded_attention", "decode", "digit_neuron", "encode", "expectation", "from_integer", "fs_neuron",
+    "fs_synapse", "hadamard", "if_rate", "integer_attention", "integer_attention_stream", "integer_fire", "integer_linear",
+    "integer_lookup", "integer_norm", "integrate_fire", "leaky_integrate_fire", "mt_neuron", "position_scale", "register", "requantize",
+    "rms_scale", "row_sum_scale", "spec_of", "spike_linear", "spiking_attention", "spiking_attention_stream", "timed", "token_step",
+    "train_product", "weighted_values", "windowed_attention",
 ]  # fmt: skip
