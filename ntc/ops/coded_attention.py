@@ -283,7 +283,7 @@ def _onnx(per_token: bool) -> str:
     return f"""
     <domain: "ntc", overload: "{"per_token" if per_token else ""}", opset_import: ["": 20]>
     CodedAttention <heads, kv_heads, scale, per_token>
-        (query, key, value, query_step, key_step, value_step, weights, levels, thresholds_of_p) => (y)
+        (query, key, value, query_step, key_step, value_step, weights, levels, thresholds) => (y)
     {{
         zero_axis = Constant <value_ints = [0]> ()
         any = Constant <value_ints = [-1]> ()
@@ -323,7 +323,7 @@ def _onnx(per_token: bool) -> str:
         unit = Div(whole, largest)
         x = Mul(weighed, unit)
         v0 = Identity(x)
-        {ONNX_DIGITS.replace("thresholds)", "thresholds_of_p)").replace("(v0, weights", "(v0, levels")}
+        {ONNX_DIGITS.replace("(v0, weights", "(v0, levels")}
         {ONNX_SUM.format("spikes", "levels")}
         coded = Identity(spikes_value)
         {under if per_token else "under = ReduceSum <keepdims = 1> (x, any)"}
