@@ -24,7 +24,6 @@ from torch.fx import Node
 from ntc import artifact
 from ntc.compiler import compile_model, default_calibration
 from ntc.energy import measure_energy
-from ntc.frontend import capture
 from ntc.loading import load_tokenizer
 from ntc.observe import Activity
 from ntc.program import Program, interpret, op_name
@@ -60,17 +59,19 @@ def main() -> None:
 def programs(folders: list[Path], number: int) -> Any:
     """Name, program, original and tokens of each."""
     tokenizer = load_tokenizer(str(MODEL))
-    tokens = tokens_from(TEXT, tokenizer, WINDOW, number, capture(str(MODEL)).info.vocab_size)
+
+    def with_tokens(name: str, program: Program, analog: Program | None) -> tuple[str, Program, Program, Tokens]:
+        assert analog is not None, f"{name} has no analog.json"
+        return name, program, analog, tokens_from(TEXT, tokenizer, WINDOW, number, program.info.vocab_size)
+
     for folder in folders:
-        analog = artifact.load_analog(folder)
-        assert analog is not None, f"{folder} has no analog.json"
-        yield folder.name, artifact.load(folder), analog, tokens
+        yield with_tokens(folder.name, artifact.load(folder), artifact.load_analog(folder))
     for recipe, steps in () if folders else COMPILED:
         done = compile_model(
-            capture(str(MODEL)), recipe=recipe, settings=Settings(options={"steps": steps}), tokenizer=tokenizer,
+            str(MODEL), recipe=recipe, settings=Settings(options={"steps": steps}), tokenizer=tokenizer,
             calibration=default_calibration(str(MODEL)),
         )  # fmt: skip
-        yield f"{recipe}, T = {steps}", done.program, done.analog, tokens
+        yield with_tokens(f"{recipe}, T = {steps}", done.program, done.analog)
 
 
 def least(rounds: int, *calls: Callable[[], object]) -> list[float]:

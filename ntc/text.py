@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ class Tokens:
         windows: ``[N, W]``.
         description: Where they come from.
         sha256: Hash of the ids, so that a figure can be tied to its data.
+        file_sha256: Hash of the file that they were read from; empty if there is none.
     """
 
     windows: Tensor
     description: str
     sha256: str
+    file_sha256: str = ""
 
     @property
     def count(self) -> int:
@@ -96,7 +98,8 @@ def tokens_from(path: Path, tokenizer: Any, window: int, max_tokens: int | None 
         raise DataError(f"the tokenizer belongs to another model: it gives the id {max(ids)}, and the vocabulary has {vocab_size} tokens")
     width = min(window, len(ids))
     flat = torch.tensor(ids[: len(ids) // width * width], dtype=torch.long)
-    return _tokens(flat.view(-1, width), path.name)
+    with path.open("rb") as file:
+        return replace(_tokens(flat.view(-1, width), path.name), file_sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def random_tokens(vocab_size: int, window: int, count: int, seed: int = 0) -> Tokens:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ntc.energy.numbers import Level, Number, number, read_table, shipped
+from ntc.energy.numbers import Level, Number, number, shipped, table_of, whole
 from ntc.errors import ConfigError
 from ntc.ops import Counts
 
@@ -122,8 +122,7 @@ def load_constants(table: str | Path | None = None) -> Constants:
         ConfigError: If there is no such table, it lacks a number, or a number makes no sense.
     """
     where = table or DEFAULT
-    data = read_table(where, "energy", "energy constants")
-    try:
+    with table_of(where, "energy", "energy constants") as data:
         numbers = {name: number(f"the energy constants {where}", name, value) for name, value in data["picojoules"].items()}
         ranges = {name: n for name, n in numbers.items() if not n.certain or n.source}
         device, baselines = data.get("device", ""), tuple(data.get("baselines", ()))
@@ -132,8 +131,6 @@ def load_constants(table: str | Path | None = None) -> Constants:
             bits=_bits(data.get("bits", {})), ranges=ranges, baselines=baselines, multiplier=_multiplier(data.get("multiplier")),
             device=device,
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{where} is no table of energy constants: {error}") from error
 
 
 def _nominal(numbers: Mapping[str, Number], device: str, baselines: tuple[str, ...]) -> dict[str, float | None]:
@@ -150,18 +147,13 @@ def _nominal(numbers: Mapping[str, Number], device: str, baselines: tuple[str, .
 
 
 def _bits(given: Mapping[str, Any]) -> Bits:
-    for name, width in given.items():
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ValueError(f"the width of {name} is {width!r} and no number of bits")
-    return Bits(**given)
+    return Bits(**{name: whole(width, f"the width of {name}") for name, width in given.items()})
 
 
 def _multiplier(given: Mapping[str, Any] | None) -> tuple[float, int] | None:
     if given is None:
         return None
-    picojoules, bits = number("the multiplier", "picojoules", given["picojoules"]).nominal, given["bits"]
-    _bits({"weights": bits})
-    return picojoules, bits
+    return number("the multiplier", "picojoules", given["picojoules"]).nominal, whole(given["bits"], "the width of the multiplier")
 
 
 def list_constants() -> list[Constants]:

@@ -193,12 +193,13 @@ def _facts(data: Mapping[str, Any], versions: Mapping[str, str]) -> list[tuple[s
     bits = ", ".join(f"{name} {width}" for name, width in constants["bits"].items())
     holds = ", ".join(f"{name.replace('_', ' ')} in {level}" for name, level in memory["holds"].items())
     together = "together: membranes stay in registers" if memory["steps_together"] else "one after another: membranes are read and written"
+    of_file = f", of its file {data['data_file_sha256']}" if data["data_file_sha256"] else ""
     of_memory = [
         ("phase", f"{data['phase']}: {phase}"), ("time steps", together), ("widths [bits]", bits), ("memory", holds),
         ("energies of memory", f"{memory['id']}: {memory['source']}; {memory['scope']}"),
     ]  # fmt: skip
     return [
-        ("text", f"{data['data']}, sha256 of its token ids {data['data_sha256']}"),
+        ("text", f"{data['data']}, sha256 of its token ids {data['data_sha256']}{of_file}"),
         ("measured", f"spikes, ACs, effective MACs and perplexity, on {data['tokens']:,} tokens in windows of {data['window']:,}"),
         ("counted from shapes", "dense MACs, MACs, elementwise operations, bytes; of the original everything"),
         ("energies per operation", f"{constants['id']}: {constants['source']}; {constants['scope']}"),

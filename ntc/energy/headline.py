@@ -11,6 +11,7 @@ __all__ = ["headline"]
 
 _OPERATIONS = {
     "macs": "multiply-accumulates", "graded_macs": "multiply-accumulates of graded spikes", "elementwise": "elementwise operations",
+    "additions_of_real_values": "additions of real values",
 }  # fmt: skip
 
 _NAMED = 2

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ntc.energy.constants import Bits
-from ntc.energy.numbers import Level, Number, number, read_table, shipped
-from ntc.errors import ConfigError
+from ntc.energy.numbers import Level, Number, number, shipped, table_of, whole
 from ntc.observe import NodeCounts
 
 __all__ = ["CLASSES", "DEFAULT_MEMORY", "Memory", "MemoryLevel", "list_memories", "load_memory"]
@@ -121,12 +120,11 @@ def load_memory(table: str | Path | None = None, reuse: int | None = None) -> Me
         ConfigError: If there is no such table, it lacks something, or a number makes no sense.
     """
     where = table or DEFAULT_MEMORY
-    data = read_table(where, "memory", "memory energies")
-    try:
+    with table_of(where, "memory", "memory energies") as data:
         levels, ranges = {}, {}
         for name, level in data["levels"].items():
             energy = ranges[name] = number(f"the memory energies {where}", name, level["picojoules"])
-            levels[name] = MemoryLevel(_whole(level["bits"], f"the width of {name}"), energy.nominal)
+            levels[name] = MemoryLevel(whole(level["bits"], f"the width of {name}"), energy.nominal)
         ranges["partial sums"] = number(f"the memory energies {where}", "accesses", data.get("partial_sums", {}).get("accesses", 0))
         holds = dict(data["holds"])
         if missing := set(CLASSES) - holds.keys():
@@ -139,16 +137,8 @@ def load_memory(table: str | Path | None = None, reuse: int | None = None) -> Me
             raise TypeError(f"steps is {steps!r}, and neither true nor false")
         return Memory(
             data["id"], data["title"], data["source"], data["scope"], levels, holds,
-            _whole(shared.get("tokens", 1) if reuse is None else reuse, "reuse.tokens"), steps, ranges["partial sums"].nominal, ranges,
+            whole(shared.get("tokens", 1) if reuse is None else reuse, "reuse.tokens"), steps, ranges["partial sums"].nominal, ranges,
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{where} is no table of memory energies: {error}") from error
-
-
-def _whole(value: object, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} is {value!r}, and no whole number from 1 on")
-    return value
 
 
 def list_memories() -> list[Memory]:

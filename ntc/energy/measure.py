@@ -16,6 +16,7 @@ from ntc.energy.projections import attention_projections
 from ntc.energy.report import EnergyReport, Side
 from ntc.observe import Activity, count_by_shape
 from ntc.ops import spec_of
+from ntc.ops.events import zeros_in
 from ntc.program import Program, check_ids, interpret
 from ntc.text import Tokens
 
@@ -73,6 +74,7 @@ def measure_energy(
         firing_rate=_firing_rate(activity),
         perplexity=_perplexity(torch.cat(losses)),
         stored=_stored(program),
+        data_file_sha256=tokens.file_sha256,
     )
 
 
@@ -101,7 +103,7 @@ def _stored(program: Program) -> dict[str, float]:
         if (spec := spec_of(node)) is not None and spec.element == "projection" and getattr(node.args[1], "op", "") == "get_attr"
     ]
     size = sum(w.numel() for w in weights)
-    zeros = sum(w.numel() - int(w.count_nonzero()) for w in weights)
+    zeros = sum(map(zeros_in, weights))
     bytes_held = sum(t.numel() * t.element_size() for t in program.tensors.values())
     return {"footprint": float(bytes_held), "connection_sparsity": zeros / size if size else 0.0}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from ntc.errors import ConfigError
 
-__all__ = ["LEVELS", "Level", "Number", "number", "read_table", "shipped"]
+__all__ = ["LEVELS", "Level", "Number", "number", "shipped", "table_of", "whole"]
 
 Level: TypeAlias = Literal["low", "nominal", "high"]
 LEVELS: tuple[Level, ...] = ("low", "nominal", "high")
@@ -72,12 +73,32 @@ def shipped(folder: str) -> Iterator[str]:
     return (name.removesuffix(".toml") for name in names)
 
 
-def read_table(where: str | Path, folder: str, what: str) -> dict[str, Any]:
-    """A table of that name, or in that file.
+def whole(value: object, what: str) -> int:
+    """A number of bits, of tokens.
 
     Raises:
-        ConfigError: If there is no such table and no such file, or it is no TOML.
+        ValueError: If it is no whole number from 1 on.
     """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} is {value!r}, and no whole number from 1 on")
+    return value
+
+
+@contextmanager
+def table_of(where: str | Path, folder: str, what: str) -> Iterator[dict[str, Any]]:
+    """A table of that name, or in that file; what the block around it misses or cannot read in it is said of the table.
+
+    Raises:
+        ConfigError: If there is no such table and no such file, it is no TOML, or it lacks something.
+    """
+    data = _read(where, folder, what)
+    try:
+        yield data
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{where} is no table of {what}: {error}") from error
+
+
+def _read(where: str | Path, folder: str, what: str) -> dict[str, Any]:
     name = str(where)
     try:
         if name in shipped(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from ntc.energy.constants import Constants
@@ -12,13 +12,16 @@ from ntc.energy.numbers import Level
 from ntc.observe import NodeCounts
 from ntc.ops import Counts
 
-__all__ = ["COLUMNS", "NOT_MAPPED", "ONE_CHIP", "WITH_MEMORY", "Column", "Pricing", "reduction"]
+__all__ = ["COLUMNS", "NOT_MAPPED", "ONE_CHIP", "REAL_ADDITIONS", "WITH_MEMORY", "Column", "Pricing", "reduction"]
 
 Column: TypeAlias = Literal["compute", "compute and memory"]
 COLUMNS: tuple[Column, ...] = ("compute", "compute and memory")
 
 NOT_MAPPED = "not mapped: the program is placed on no chip, so hops, packets and idle cores are not known"
 """Why the third column, the placed program, is empty."""
+
+REAL_ADDITIONS = "additions_of_real_values"
+"""Accumulates that no spike causes, among what the table of a chip has no figure for."""
 
 ONE_CHIP = "accumulates by spikes and neuron updates only, at figures published for one chip; of other operations it has none"
 """What the first column is with the table of a chip."""
@@ -46,7 +49,11 @@ class Pricing:
 
     def compute(self, nodes: Iterable[NodeCounts]) -> float:
         """Energy of the operations [pJ]."""
-        return sum(self.constants.cost(node.counts) for node in nodes)
+        return sum(self.constants.cost(self._costed(node)) for node in nodes)
+
+    def _costed(self, node: NodeCounts) -> Counts:
+        """Counts that the figures are of: on a chip the accumulates that spikes cause, and no additions of real values (a rotation's)."""
+        return replace(node.counts, acs=0.0) if self.constants.device and not node.steps else node.counts
 
     def moved(self, nodes: Iterable[NodeCounts]) -> dict[str, float]:
         """Bytes moved, by class of data. Node by node: each reads its weights in the cheaper of the two ways."""
@@ -74,7 +81,7 @@ class Pricing:
         nodes = list(nodes)
         if not self.constants.device:
             return self.column(column, nodes)
-        return self.constants.stated(sum((n.counts for n in nodes), Counts())) if column == "compute" else None
+        return self.constants.stated(sum(map(self._costed, nodes), Counts())) if column == "compute" else None
 
     def at(self, level: Level, only: str | None = None) -> Pricing:
         """Both tables with their low or high values, or with that of one number alone."""

@@ -19,7 +19,7 @@ from ntc.energy.baselines import compare
 from ntc.energy.booking import by_kind
 from ntc.energy.constants import Constants
 from ntc.energy.hierarchy import Memory
-from ntc.energy.pricing import COLUMNS, NOT_MAPPED, ONE_CHIP, WITH_MEMORY, Pricing, reduction
+from ntc.energy.pricing import COLUMNS, NOT_MAPPED, ONE_CHIP, REAL_ADDITIONS, WITH_MEMORY, Pricing, reduction
 from ntc.energy.projections import STREAM_NAMES
 from ntc.energy.sensitivity import sensitivity
 from ntc.errors import DataError
@@ -89,6 +89,7 @@ class EnergyReport:
         perplexity: Of the program, on the same tokens; None if no window has a next token.
         perplexity_ann: Of the original, on the same tokens; None if it was not run.
         stored: What NeuroBench asks of the weights: ``footprint`` [bytes] and ``connection_sparsity``.
+        data_file_sha256: Hash of the file of the text; empty if there is none.
     """
 
     ann: Side
@@ -104,6 +105,7 @@ class EnergyReport:
     perplexity: float | None = None
     perplexity_ann: float | None = None
     stored: Mapping[str, float] = field(default_factory=dict)
+    data_file_sha256: str = ""
 
     @property
     def pricing(self) -> Pricing:
@@ -197,6 +199,9 @@ class EnergyReport:
             for operation, number in self.constants.unpriced(total).items():
                 share = number / total.dense_macs if operation in ("macs", "graded_macs") and total.dense_macs else None
                 rows.append({"side": name, "operation": operation, "number": number, "share_of_dense_macs": share})
+            additions = sum(n.counts.acs for n in side.per_token if not n.steps)
+            if self.constants.device and additions:  # of a rotation, for instance: no spike causes them
+                rows.append({"side": name, "operation": REAL_ADDITIONS, "number": additions, "share_of_dense_macs": None})
         return rows
 
     # -------------------------------------------------------------------------------------------- the report as data
@@ -282,6 +287,7 @@ class EnergyReport:
             "window": self.window,
             "data": self.data,
             "data_sha256": self.data_sha256,
+            "data_file_sha256": self.data_file_sha256 or None,
             "constants": self.constants.to_json(),
             "memory": self.memory.to_json(),
         }  # fmt: skip

@@ -6,18 +6,21 @@ adds whole numbers exactly up to 2^24, in whatever order, and what may be larger
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["nonzero_products", "products_with_zero_weights", "scores_and_values", "spikes_per_head", "spikes_per_neuron"]
+__all__ = [
+    "nonzero_products", "products_with_zero_weights", "scores_and_values", "spikes_per_head", "spikes_per_neuron", "zeros_in",
+]  # fmt: skip
 
 _BLOCK = 1 << 18
 """Elements that are taken at once: what is made of them stays in the cache of a processor."""
 
-_TOKENS = 128
+_TOKENS = 64
 """Queries that are taken at once."""
 
 
@@ -92,10 +95,8 @@ def _parts(rows: int, heads: int, length: int) -> Iterator[tuple[slice, int, int
 
 def nonzero_products(x: Tensor, weight: Tensor) -> float:
     """Products of ``x W^T`` with both factors other than zero, for x ``[..., C]`` and W ``[N, C]``."""
-    return float(x.count_nonzero()) * weight.shape[0] - products_with_zero_weights(x, weight)
-
-
-_zeros: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by weight: its version, and its columns with a zero
+    nonzero: float = _once(_nonzero, x, lambda: float(x.count_nonzero()))
+    return nonzero * weight.shape[0] - products_with_zero_weights(x, weight)
 
 
 def products_with_zero_weights(x: Tensor, weight: Tensor) -> float:
@@ -107,12 +108,34 @@ def products_with_zero_weights(x: Tensor, weight: Tensor) -> float:
     return float(used.double() @ zeros)
 
 
+def zeros_in(weight: Tensor) -> float:
+    """Elements of a matrix that are zero."""
+    return float(_zeros_of(weight)[1].sum())
+
+
 def _zeros_of(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of a matrix that hold a zero, and how many each holds; looked up again only if it was written to."""
-    version = weight._version
-    if weight not in _zeros or _zeros[weight][0] != version:
-        per_column = (weight == 0).sum(0) if int(weight.count_nonzero()) < weight.numel() else weight.new_zeros(0, dtype=torch.int64)
+    """Columns of a matrix that hold a zero, and how many each holds."""
+
+    def look() -> tuple[Tensor, Tensor]:
+        if int(weight.count_nonzero()) == weight.numel():
+            return weight.new_zeros(0, dtype=torch.int64), weight.new_zeros(0, dtype=torch.float64)
+        per_column = (weight == 0).sum(0)
         columns = per_column.nonzero().flatten()
-        _zeros[weight] = (version, columns, per_column[columns].double())
-    _, columns, zeros = _zeros[weight]
-    return columns, zeros
+        return columns, per_column[columns].double()
+
+    found: tuple[Tensor, Tensor] = _once(_zeros, weight, look)
+    return found
+
+
+# By tensor, as long as it lives: its version, and what was counted. Layers of one input, and one layer at every batch, count once.
+_nonzero, _zeros = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+
+
+def _once(known: WeakTensorKeyDictionary, tensor: Tensor, look: Callable[[], Any]) -> Any:
+    """What ``look`` finds in a tensor, again only if the tensor was written to since; of inference mode nothing is known of that."""
+    if tensor.is_inference():
+        return look()
+    version = tensor._version
+    if tensor not in known or known[tensor][0] != version:
+        known[tensor] = (version, look())
+    return known[tensor][1]

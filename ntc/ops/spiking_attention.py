@@ -252,7 +252,8 @@ def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str,
 
 def _per_head(tensors: Sequence[Tensor], node: Node, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Spikes of Q, K and V per token and head."""
-    query, key, value = (a.meta[TYPE].levels for a in node.args[:3] if isinstance(a, Node))
+    kinds = [a.meta.get(TYPE) for a in node.args[:3] if isinstance(a, Node)]
+    query, key, value = (kind.levels if isinstance(kind, SpikeType) else "ternary" for kind in kinds)  # which are binary ones, too
     q, k, v = (t.detach() for t in tensors[:3])
     return spikes_per_head(q, heads, query), spikes_per_head(k, kv_heads, key), spikes_per_head(v, kv_heads, value)
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ntc.loading import load_tokenizer
 from ntc.program import Program
 from ntc.quality import evaluate
 from ntc.sweep.plan import WEIGHTS, Plan, Setting, files_of
-from ntc.text import Tokens, tokens_from
+from ntc.text import tokens_from
 
 __all__ = ["Bench", "measure_all"]
 
@@ -43,7 +44,7 @@ class Bench:
         window = min(_WINDOW, self.analog.info.context or _WINDOW)
         self.tokens = tokens_from(plan.data, self.tokenizer, window, plan.max_tokens, self.analog.info.vocab_size)
         rows = max(1, min(plan.energy_tokens, self.tokens.count) // int(self.tokens.windows.shape[1]))
-        self.few = Tokens(self.tokens.windows[:rows], self.tokens.description, self.tokens.sha256)
+        self.few = replace(self.tokens, windows=self.tokens.windows[:rows])
 
     def measure(self, setting: Setting) -> dict[str, Any]:
         """Figures of a setting, or the sentence that says why there are none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def test_columns_baselines_and_sensitivity(compiled: Path, text: Path) -> None:
     assert compute["ann_pj"] < both["ann_pj"] and placed["ann_pj"] is None
     assert [b["baseline"] for b in data["baselines"]["total"]] == ["fp32", "int8", "3 bits"]
     assert data["phase"] == "decode" and data["quality"]["perplexity"] > 1
+    assert data["data_file_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
     assert 0 < data["neurobench"]["activation_sparsity"] < 1
     out = " ".join(shown("energy", compiled, "--data", text, "--max-tokens", 48, "--sensitivity").split())
     for part in (
@@ -47,7 +49,7 @@ def test_tables_by_name_and_reuse(compiled: Path, text: Path) -> None:
 
 def test_figures_of_a_chip(compiled: Path, text: Path, tmp_path: Path) -> None:
     options = ("energy", compiled, "--data", text, "--max-tokens", 24, "--constants", "loihi-1", "--report", tmp_path / "chip.html")
-    data = result(*options, "--sensitivity")
+    data = result(*options)
     check_keys("energy", data)
     assert data["constants"]["device"] == "Loihi 1" and data["constants"]["mac"] is data["total"]["ann_pj"] is None
     assert data["total"]["snn_pj"] == pytest.approx(27.1 * data["total"]["snn"]["acs"] + 81 * data["total"]["snn"]["neuron_updates"])

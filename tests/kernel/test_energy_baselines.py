@@ -269,7 +269,7 @@ def test_ranges_of_constants(tmp_path: Path) -> None:
     assert table.quantised(2).mac == pytest.approx(0.5 * 2 / 4 + 1)
     assert table.cost(Counts(macs=3)) == 6
     for bad, message in (
-        ("weights = 0", "the width of weights is 0 and no number of bits"),
+        ("weights = 0", "the width of weights is 0, and no whole number from 1 on"),
         ("colours = 3", "is no table of energy constants"),
     ):
         path.write_text(f"{head}mac = 1\n[bits]\n{bad}\n")

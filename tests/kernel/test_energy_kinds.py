@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,8 +12,9 @@ from programs import CONTEXT, TOKENS, canonical, spiking
 from torch.utils.flop_counter import FlopCounterMode
 
 import ntc
-from ntc.energy import EnergyReport, measure_energy
+from ntc.energy import EnergyReport, load_constants, measure_energy
 from ntc.energy.booking import booked
+from ntc.energy.headline import headline
 from ntc.observe import Activity, observe
 from ntc.ops import Counts
 from ntc.pipeline import run_pipeline
@@ -108,3 +110,15 @@ def test_every_op_of_both_programs_ran_and_is_booked() -> None:
         activity = Activity()
         observe(program, [TOKENS.windows[:2]], activity)
         assert activity.nodes.keys() == booked(program).keys()
+
+
+def test_additions_of_a_rotation_are_no_synaptic_operations(report: EnergyReport) -> None:
+    chip = replace(report, constants=load_constants("loihi-1"))
+    turned = sum(n.counts.acs for n in report.snn.per_token if n.op == "ntc.hadamard")
+    total, data = report.snn.total(), chip.to_json()
+    assert turned > 0
+    assert data["total"]["snn_pj"] == pytest.approx(27.1 * (total.acs - turned) + 81 * total.neuron_updates)
+    assert data["total"]["snn_pj"] == pytest.approx(sum(k["snn_pj"] for k in data["kinds"]))
+    (row,) = (r for r in data["unpriced"] if r["operation"] == "additions_of_real_values")
+    assert row["side"] == "snn" and row["number"] == pytest.approx(turned)
+    assert "additions of real values" in headline(data)[1]

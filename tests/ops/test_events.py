@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ntc.ops.events import nonzero_products, products_with_zero_weights, scores_and_values, spikes_per_head, spikes_per_neuron
+from ntc.ops.events import (
+    nonzero_products,
+    products_with_zero_weights,
+    scores_and_values,
+    spikes_per_head,
+    spikes_per_neuron,
+    zeros_in,
+)
 
 
 def train(shape: tuple[int, ...], levels: str, seed: int = 0) -> Tensor:
@@ -56,3 +63,14 @@ def test_products_with_zero_weights_are_followed_when_a_weight_changes(rows: int
     expected = float(((x != 0).double() @ (weight == 0).double().T).sum())
     assert products_with_zero_weights(x, weight) == expected
     assert nonzero_products(x, weight) == float(((x != 0).double() @ (weight != 0).double().T).sum())
+    assert zeros_in(weight) == float((weight == 0).sum())
+    x[:, 0] = 0  # and so of the input
+    assert nonzero_products(x, weight) == float(((x != 0).double() @ (weight != 0).double().T).sum())
+
+
+def test_nothing_is_remembered_of_inference_mode() -> None:
+    with torch.inference_mode():
+        x, weight = torch.ones(2, 3), torch.ones(4, 3)
+        assert nonzero_products(x, weight) == 24
+        weight[0, 0] = x[1, 2] = 0
+        assert nonzero_products(x, weight) == 18 and zeros_in(weight) == 1

@@ -24,7 +24,7 @@ from op_cases import (
 )
 from torch import nn
 
-from ntc.ops import SPECS, Counts, TypeMismatch, spiking_attention, spiking_attention_stream
+from ntc.ops import SPECS, Counts, TypeMismatch, events, spiking_attention, spiking_attention_stream
 from ntc.spike_type import ANALOG, INDEX, CurrentType, SpikeType
 
 MODULE = importlib.import_module("ntc.ops.spiking_attention")  # ntc.ops has the op under this name
@@ -406,7 +406,7 @@ def test_measured_work_is_the_work_of_the_loops(case, chunk, leak_is):
     expected, work = naive(*case, leak_is)
     leak = () if leak_is is None else (torch.full((kv_heads if leak_is == "head" else key.shape[-1],), 0.5),)
     node, _ = node_of(OP, SPIKES, SPIKES, SPIKES, heads, kv_heads, *(Constant(tuple(t.shape)) for t in leak))
-    with patch.object(MODULE, "CHUNK", chunk):
+    with patch.object(events, "_TOKENS", chunk):
         measured = MODULE.SPIKING_ATTENTION.measure((query, key, value, *leak), expected, node)
     assert measured == work
 
