@@ -7,7 +7,7 @@ from typing import Any
 
 from ntc.recipe import Recipe, Step
 
-__all__ = ["ATTENTION", "FFN", "FFN_ONLY", "LOSSLESS", "NEURTRANSFORMER", "SDLLM", "SSA_ONLY"]
+__all__ = ["ATTENTION", "FFN", "FFN_ONLY", "LAS", "LOSSLESS", "LOSSLESS_SPARSE", "NEURTRANSFORMER", "PHASE", "SDLLM", "SSA_ONLY"]
 
 ATTENTION: Mapping[str, Any] = {"normalizer": "leak", "output": "current"}
 """Options of replace-attention that the recipes choose, the winner of the comparison in docs/results.md. Binary Q and K, ternary V and
@@ -84,5 +84,50 @@ LOSSLESS = Recipe(
         Step("rotate", {"online": "ffn"}),
         Step("spike-products", {"steps": 5}),
         Step("encode-linears", {"code": "digits", "steps": 5}),
+    ),
+)
+
+LOSSLESS_SPARSE = Recipe(
+    name="lossless-sparse",
+    summary="Nothing trained: digits of base 2 with the fewest spikes, time steps per site under a budget of events.",
+    source="ntc's own: lossless with the non-adjacent form (Reitwiesner 1960), a price on spikes and mixed steps; measured in "
+    "docs/recipes.md",
+    spiking=LOSSLESS.spiking,
+    analog=LOSSLESS.analog,
+    steps=(
+        Step("canonicalize"),
+        Step("fold-norms"),
+        Step("rotate", {"online": "ffn"}),
+        Step("spike-products", {"steps": 6, "base": 2.0, "price": 1.0, "probability_steps": 4}),
+        Step("encode-linears", {"code": "digits", "steps": 6, "base": 2.0, "price": 1.0}),
+        Step("mixed-steps", {"events": 1.6, "fewest": 3}),
+    ),
+)
+
+PHASE = Recipe(
+    name="phase",
+    summary="Nothing trained, nothing rotated: phase codes with a base per site, learned on calibration text.",
+    source="Phase coding with learned bases (ICLR 2026): LLaMA-2-7B +15 % perplexity at T = 8, +0.5 % at T = 10 (second-hand; its own "
+    "network and text); digits are signed here",
+    spiking="the inputs of all linear layers, queries, keys, values and the softmax's numerators",
+    analog=LOSSLESS.analog,
+    steps=(
+        Step("canonicalize"),
+        Step("spike-products", {"steps": 8, "base": "learned"}),
+        Step("encode-linears", {"code": "digits", "steps": 8, "base": "learned"}),
+    ),
+)
+
+LAS = Recipe(
+    name="las",
+    summary="Nothing trained: sixteen binary phases with halving thresholds, outliers with neurons of their own, ranges known in advance.",
+    source="LAS, arXiv 2505.09659: GPT-2 on WikiText-103, perplexity 16.53 as a network and 16.79 at T = 16 (second-hand); ranges are "
+    "calibrated here and constants there, and softmax, norms and activations stay analog until spike-functions is asked for",
+    spiking="the inputs of all linear layers, in two ranges, queries, keys, values and the softmax's numerators",
+    analog="softmax, norms, activations, rotary positions, embeddings, residual stream; weights in float",
+    steps=(
+        Step("canonicalize"),
+        Step("spike-products", {"steps": 16, "base": 2.0, "probability_base": 2.0, "scale": "static"}),
+        Step("encode-linears", {"code": "digits", "steps": 16, "base": 2.0, "scale": "static", "ranges": 2}),
     ),
 )
