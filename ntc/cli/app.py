@@ -24,6 +24,7 @@ from ntc.cli import (
     finetune_command,
     generate_command,
     list_commands,
+    plan_command,
     quantize_command,
     sweep_command,
     verify_command,
@@ -61,8 +62,8 @@ def _ntc(
 
 
 for _module in (
-    check_command, compile_command, finetune_command, quantize_command, evaluate_command, generate_command, energy_command, sweep_command,
-    export_command, verify_command, explain_command, list_commands,
+    check_command, plan_command, compile_command, finetune_command, quantize_command, evaluate_command, generate_command, energy_command,
+    sweep_command, export_command, verify_command, explain_command, list_commands,
 ):  # fmt: skip
     _module.add_to(app)
 
