@@ -3,9 +3,9 @@
     python benchmarks/recipes.py SmolLM2-135M.gguf --data wikitext2-test.txt --calibration wikitext2-valid.txt --output recipes.jsonl
     python benchmarks/recipes.py examples/gpt2-books --data books-valid.txt --only lossless --steps 4,5 --windows 16 --markdown
 
-Every row is a recipe with settings (ROWS), run on the same captured network, and measured on the same windows as the original: perplexity on
-all of them, with the interval of its change (paired bootstrap over windows), operations, events and energy on the first --count-windows. Calibration
-text is read by what asks for it. Each finished row is a line of --output; a second run measures only what is not there yet.
+Every row is a recipe with settings, run on the same captured network and measured on the same windows as the original: perplexity on all of
+them, with the interval of its change (paired bootstrap over windows), operations, events and energy on the first --count-windows.
+Calibration text is read by what asks for it. Each finished row is a line of --output; a second run measures only what is missing.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def _per_value(report: Any) -> dict[str, float]:
     groups = {"all": [0.0, 0.0], "linear layers": [0.0, 0.0], "attention": [0.0, 0.0]}
     for node in report.to_json()["nodes"]["snn"]:
         if node.get("neurons"):
-            own = "attention" if node["op"] == "ntc.coded_attention" or node["node"].endswith(("_q_spikes", "_k_spikes", "_v_spikes")) else "linear layers"
-            for group in ("all", own):
+            inside = node["op"] == "ntc.coded_attention" or node["node"].endswith(("_q_spikes", "_k_spikes", "_v_spikes"))
+            for group in ("all", "attention" if inside else "linear layers"):
                 groups[group][0] += node.get("spikes", 0.0)
                 groups[group][1] += node["neurons"]
     return {name: spikes / values for name, (spikes, values) in groups.items() if values}
@@ -125,14 +125,15 @@ def _per_value(report: Any) -> dict[str, float]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown."""
-    head = "| recipe | T | perplexity | change | 95 % | events per value: all, linear, attention | ACs per MAC | analog MACs | energy, compute |"
+    columns = ("recipe", "T", "perplexity", "change", "95 %", "events per value: all, linear, attention", "ACs per MAC", "analog MACs", "energy")
+    head = f"| {' | '.join(columns)} |"
     out = [head, "|" + " --- |" * 9]
     for d in lines:
         events = ", ".join(f"{d['events_per_value'].get(k, float('nan')):.2f}" for k in ("all", "linear layers", "attention"))
         low, high = d["change_interval"]
         out.append(
-            f"| {d['label']} | {d['steps']} | {d['perplexity']:.2f} | {100 * d['change']:+.2f} % | {100 * low:+.2f} ... {100 * high:+.2f} | {events} "
-            f"| {d['acs_per_mac']:.2f} | {100 * d['analog_share']:.1f} % | {-100 * d['total']['reduction']:+.1f} % |"
+            f"| {d['label']} | {d['steps']} | {d['perplexity']:.2f} | {100 * d['change']:+.2f} % | {100 * low:+.2f} ... {100 * high:+.2f} "
+            f"| {events} | {d['acs_per_mac']:.2f} | {100 * d['analog_share']:.1f} % | {-100 * d['total']['reduction']:+.1f} % |"
         )
     return "\n".join(out)
 
@@ -170,7 +171,9 @@ def main() -> None:
             chosen = find_recipe(row.recipe)
             for name in row.without:
                 chosen = chosen.without(name)
-            made = compile_model(analog, recipe=chosen.without("canonicalize"), settings=settings, calibration=calibration, tokenizer=tokenizer)
+            made = compile_model(
+                analog, recipe=chosen.without("canonicalize"), settings=settings, calibration=calibration, tokenizer=tokenizer
+            )  # fmt: skip
             done[row.key] = measure(row, made.program, made.analog, tokens, counted, original)
             with args.output.open("a") as lines:
                 lines.write(json.dumps(done[row.key]) + "\n")
