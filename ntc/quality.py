@@ -34,7 +34,7 @@ from ntc.errors import ConfigError, DataError
 from ntc.observe import Activity, PopulationActivity
 from ntc.ops import aten
 from ntc.program import Program, check_ids, interpret
-from ntc.similarity import LayerComparison, LayerQuality, LogitSummary, compare_logits, next_token
+from ntc.similarity import LayerComparison, LayerQuality, LogitSummary, compare_logits, next_token, same_channels
 from ntc.text import Tokens
 
 __all__ = ["Confidence", "Quality", "evaluate", "perplexity"]
@@ -94,7 +94,7 @@ class Quality:
         accuracy_tuned: Likewise of the fine-tuned network.
         cosine: Mean cosine similarity of the logits.
         cosine_tuned: Likewise with the fine-tuned network.
-        cosine_hidden: Mean cosine similarity of the final hidden states; NaN if the graphs end differently.
+        cosine_hidden: Mean cosine similarity of the final hidden states; NaN if the graphs end differently or one is rotated.
         top1_agreement: Share of positions with the same most likely next token.
         top1_agreement_tuned: Likewise with the fine-tuned network.
         kl: Mean KL divergence from the network to the program [nats].
@@ -218,7 +218,7 @@ def evaluate(
             ours, our_hidden = _run(program, ids, watch)
             others = [theirs] if tuned is None else [theirs, tuned.module(ids)]
             layers.advance(ids.numel())
-            hidden += _hidden_cosine(our_hidden, their_hidden)
+            hidden += _hidden_cosine(our_hidden, their_hidden) if same_channels(program, analog) else math.nan
             windows += [_window(row, z, *rest) for row, z, *rest in zip(ids, ours, *others, strict=True)]
             progress(len(windows), len(tokens.windows))
     means = {key: torch.tensor([w[key] for w in windows], dtype=torch.float64) for key in windows[0]}

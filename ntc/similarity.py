@@ -25,7 +25,7 @@ from ntc.blocks import LayerOutput, Place, layer_outputs
 from ntc.meta import SCALE
 from ntc.program import Program
 
-__all__ = ["LayerComparison", "LayerQuality", "LogitSummary", "compare_logits", "next_token"]
+__all__ = ["LayerComparison", "LayerQuality", "LogitSummary", "compare_logits", "next_token", "same_channels"]
 
 _TINY = 1e-30  # a vector of zeros has no direction: its cosine is 0
 
@@ -106,16 +106,21 @@ class LayerQuality:
     relative_error: float
 
 
+def same_channels(program: Program, network: Program) -> bool:
+    """Whether channel c of one residual stream is channel c of the other: not if one of the two has been rotated."""
+    return ("rotated" in program.facts) == ("rotated" in network.facts)
+
+
 class LayerComparison:
     """Compares the layers that two programs of one model share, batch by batch: first ``keep`` theirs, then ``compare`` ours.
 
     Attention, FFN and block outputs (``ntc.blocks.layer_outputs``) are matched by block and place; what only one of the
-    two has is left out.
+    two has is left out. Programs whose stream is rotated (fact ``rotated``) share none: their channels are other ones.
     """
 
     def __init__(self, program: Program, network: Program) -> None:
         ours, theirs = _by_place(program), _by_place(network)
-        self._outputs = {place: ours[place] for place in ours if place in theirs}
+        self._outputs = {place: ours[place] for place in ours if place in theirs and same_channels(program, network)}
         self._ours = {ours[place].node: place for place in self._outputs}
         self._theirs = {theirs[place].node: place for place in self._outputs}
         self._kept: dict[tuple[str, str, int], Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import pytest
@@ -15,7 +16,9 @@ from ntc.errors import ConfigError, PassError
 from ntc.ops.hadamard import hadamard, hadamard_core, hadamard_matrix
 from ntc.pipeline import Context, run_pipeline
 from ntc.program import Program, interpret
-from ntc.testing import check_pass, count_ops
+from ntc.quality import evaluate
+from ntc.testing import check_pass, count_ops, example_ids
+from ntc.text import Tokens
 from ntc_passes.fold_norms import FoldNorms
 from ntc_passes.residual import residual_stream
 from ntc_passes.rotate import Rotate
@@ -205,3 +208,13 @@ def test_options() -> None:
     ):
         with pytest.raises(ConfigError, match=sentence):
             Rotate.configure(options)
+
+
+def test_layers_of_a_rotated_network_are_not_compared() -> None:
+    """Its channels are other ones: a cosine of the two bases would say nothing. The logits are the same."""
+    before = analog("llama")
+    after = run_pipeline(before, [FoldNorms(), Rotate()])
+    tokens = Tokens(example_ids(length=12, seed=3), "some", "")
+    found = evaluate(after, before, tokens)
+    assert found.layers == () and math.isnan(found.cosine_hidden) and found.cosine > 0.9999
+    assert len(evaluate(run_pipeline(before, [FoldNorms()]), before, tokens).layers) == 6
