@@ -59,4 +59,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) torch
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation --editable ".[dev]"
+	@$(PIP) --no-deps neurobench
 	@touch $@
