@@ -4,8 +4,9 @@
 
 DIR is a compiled folder; without one, the reference GPT-2 is compiled with recipes and steps that spike differently. *Plain* is the
 perplexity of the program alone (``ntc.quality.perplexity``), *counting* is all of ``ntc.energy.measure_energy``: the same run with its
-perplexity, spikes, operations and bytes, and the original counted by shapes. Both run in one process in turns, and CPU time is compared, so
-that other work on the machine does not matter; the least of the rounds counts. ``--profile`` says which ops the difference goes to.
+perplexity, spikes, operations and bytes, and the original counted by shapes. *Evaluate* is what ``ntc evaluate`` does: both networks,
+compared. All run in one process in turns, and CPU time is compared, so that other work on the machine matters less; the least of the rounds counts.
+What counting adds is told as a share of the plain run and of the evaluation. ``--profile`` says which ops the difference goes to.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from torch.fx import Node
 from ntc import artifact
 from ntc.compiler import compile_model, default_calibration
 from ntc.energy import measure_energy
+from ntc.frontend import capture
 from ntc.loading import load_tokenizer
 from ntc.observe import Activity
 from ntc.program import Program, interpret, op_name
-from ntc.quality import perplexity
+from ntc.quality import evaluate, perplexity
 from ntc.recipe import Settings
 from ntc.text import Tokens, tokens_from
 
@@ -45,13 +47,16 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {given.tokens:,} tokens of {TEXT}, CPU seconds")
-    print(f"{'program':32} {'plain':>8} {'counting':>9} {'more':>7}")
+    print(f"{'program':32} {'plain':>8} {'counting':>9} {'evaluate':>9} {'of plain':>9} {'of evaluate':>12}")
+    original = capture(str(MODEL))
     for name, program, analog, tokens in programs(given.folders, given.tokens):
-        plain, counting = least(
+        plain, counting, whole = least(
             given.rounds, lambda p=program, t=tokens: perplexity(p, t, BATCH),
             lambda p=program, a=analog, t=tokens: measure_energy(p, a, t, batch=BATCH),
+            lambda p=program, t=tokens: evaluate(p, original, t, batch=BATCH),
         )  # fmt: skip
-        print(f"{name:32} {plain:8.2f} {counting:9.2f} {100 * (counting / plain - 1):6.1f} %", flush=True)
+        more = counting - plain
+        print(f"{name:32} {plain:8.2f} {counting:9.2f} {whole:9.2f} {100 * more / plain:7.1f} % {100 * more / whole:10.1f} %", flush=True)
         if given.profile:
             profile(program, tokens, given.rounds)
 

@@ -62,14 +62,14 @@ def _check(trains: Sequence[Tensor], steps: Sequence[Tensor], tables: Sequence[T
             raise ValueError(f"steps of the {name} have shape {' or '.join(map(str, wanted))}, and not {list(step.shape)}")
 
 
-def _digits(x: Tensor, levels: Sequence[float], thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Coded x >= 0 in steps, and its spikes, one per place and step: ``(value, spikes per place)``."""
-    left, events = x.clone(), torch.zeros_like(x)
+def _digits(x: Tensor, levels: Sequence[float], thresholds: Sequence[float], count: bool) -> tuple[Tensor, float]:
+    """Coded x >= 0 in steps, and the number of its spikes if they are counted."""
+    left, spikes = x.clone(), 0.0
     for w, theta in zip(levels, thresholds, strict=True):
-        spikes = torch.nn.functional.hardshrink(left, theta).sign_()
-        left.sub_(spikes, alpha=w)
-        events += spikes.abs_()
-    return x - left, events
+        fired = torch.nn.functional.hardshrink(left, theta)
+        spikes += float(fired.count_nonzero()) if count else 0.0
+        left.sub_(fired.sign_(), alpha=w)
+    return x - left, spikes
 
 
 def _below(thresholds: Tensor, dtype: torch.dtype) -> list[float]:
@@ -78,7 +78,9 @@ def _below(thresholds: Tensor, dtype: torch.dtype) -> list[float]:
     return torch.nextafter(at, torch.zeros_like(at)).tolist()
 
 
-def coded_probabilities(scores: Tensor, sizes: Tensor, levels: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def coded_probabilities(
+    scores: Tensor, sizes: Tensor, levels: Tensor, thresholds: Tensor, count: bool = False
+) -> tuple[Tensor, Tensor, float]:
     """Numerators, as they are and as their spikes tell them, and the spikes.
 
     Args:
@@ -86,13 +88,14 @@ def coded_probabilities(scores: Tensor, sizes: Tensor, levels: Tensor, threshold
         sizes: a, ``[..., 1, L]``.
         levels: w', ``[T']``.
         thresholds: theta', ``[T']``.
+        count: Whether to count spikes.
 
     Returns:
-        E and P, ``[..., L, L]`` in steps of the row, and spikes of each numerator.
+        E and P, ``[..., L, L]`` in steps of the row, and the number of spikes.
     """
     numerators = (scores - scores.amax(-1, keepdim=True)).exp_() * sizes
     numerators *= levels.sum().to(scores.dtype) / numerators.amax(-1, keepdim=True)
-    return numerators, *_digits(numerators, levels.tolist(), _below(thresholds, scores.dtype))
+    return numerators, *_digits(numerators, levels.tolist(), _below(thresholds, scores.dtype), count)
 
 
 @torch.library.custom_op("ntc::coded_attention", mutates_args=())
@@ -131,7 +134,7 @@ def _run(
     query: Tensor, key: Tensor, value: Tensor, query_step: Tensor, key_step: Tensor, value_step: Tensor, weights: Tensor, levels: Tensor,
     thresholds: Tensor, heads: int, kv_heads: int, scale: float, per_token: bool, count: bool = False,
 ) -> tuple[Tensor, float]:  # fmt: skip
-    """The result and, if they are counted, spikes of the numerators. One head at a time: its scores stay in the cache of a core."""
+    """The result or, if they are counted, spikes of the numerators alone. One head at a time: its scores stay in the cache of a core."""
     q, k, v = weighted(query, weights), weighted(key, weights), weighted(value, weights)
     q, k = split_heads(q * spread(query_step, q), heads) * scale, split_heads(k * spread(key_step, k), kv_heads)
     sizes = value_step.transpose(-1, -2).unsqueeze(-2) if per_token else None  # [B, Hk, 1, L]
@@ -144,12 +147,14 @@ def _run(
         own = head // group
         scores = (q[..., head, :, :] @ k[..., own, :, :].transpose(-1, -2)).add_(hidden)
         a = torch.ones((), dtype=q.dtype, device=q.device) if sizes is None else sizes[..., own, :, :]
-        exact, coded, events = coded_probabilities(scores, a, levels, thresholds)
+        exact, coded, found = coded_probabilities(scores, a, levels, thresholds, count)
+        spikes += found
+        if count:
+            continue
         below = exact.sum(-1, keepdim=True) if sizes is None else exact @ a.reciprocal().transpose(-1, -2)
         lost = (exact.sum(-1, keepdim=True) - coded.sum(-1, keepdim=True)) / seen
         results.append((coded @ v[..., own, :, :] + lost * sums[..., own, :, :]) / below)
-        spikes += float(events.sum(dtype=torch.float64)) if count else 0.0
-    return merge_heads(torch.stack(results, -3)).contiguous(), spikes
+    return (query if count else merge_heads(torch.stack(results, -3)).contiguous()), spikes
 
 
 @coded_attention.register_fake

@@ -118,13 +118,15 @@ def test_rows_of_numerators():
     scores = random(2, 3, 6, 6, grad=False, low=-3, high=3).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -math.inf)
     levels, thetas = tables(3.0, 4, dtype=scores.dtype)
     sizes = random(2, 3, 1, 6, grad=False, low=0.5, high=2.0, seed=1)
-    same, found, spikes = coded_probabilities(scores, sizes, levels, thetas)
+    same, found, spikes = coded_probabilities(scores, sizes, levels, thetas, True)
+    assert coded_probabilities(scores, sizes, levels, thetas)[2] == 0.0
     exact = (scores - scores.amax(-1, keepdim=True)).exp() * sizes
     exact = exact * (40 / exact.amax(-1, keepdim=True))
     torch.testing.assert_close(same, exact)
     assert float((found - exact).abs().max()) <= 0.5
     torch.testing.assert_close(found.amax(-1), torch.full((2, 3, 6), 40.0, dtype=scores.dtype))
-    assert not spikes.triu(1).any() and bool(((spikes > 0) == (found != 0)).all())
+    assert not found.triu(1).any()
+    assert spikes == float(digit_neuron(exact, torch.ones(1, dtype=scores.dtype), levels, thetas).abs().sum())
 
 
 def test_gradients_are_those_of_attention_at_the_decoded_values():
@@ -188,7 +190,7 @@ def test_types():
     table = Constant((3,))
     assert infer(LINEAR, DIGITS, table, Constant((4, 8))) == ANALOG
     assert infer(ATTENTION, DIGITS, DIGITS, DIGITS, *[Constant((1,))] * 3, table, table, table, 2, 2, 1.0) == ANALOG
-    for kind in (SPIKES, TERNARY, CURRENT, ANALOG):
+    for kind in (SPIKES, TERNARY, CURRENT, ANALOG, SpikeType(3, "fitted", "binary"), SpikeType(3, "fitted", "graded")):
         with pytest.raises(TypeMismatch, match="spike_linear reads spikes of digit neurons, and %x0 is"):
             infer(LINEAR, kind, table, Constant((4, 8)))
         with pytest.raises(TypeMismatch, match="coded_attention reads spikes of digit neurons, and %x1 is"):
