@@ -5,7 +5,7 @@
 DIR is a compiled folder; without one, the reference GPT-2 is compiled with recipes and steps that spike differently. *Plain* is the
 perplexity of the program alone (``ntc.quality.perplexity``), *counting* is all of ``ntc.energy.measure_energy``: the same run with its
 perplexity, spikes, operations and bytes, and the original counted by shapes. *Evaluate* is what ``ntc evaluate`` does: both networks,
-compared. All run in one process in turns, and CPU time is compared, so that other work on the machine matters less; the least of the rounds counts.
+compared. All run in one process in turns, and CPU time is compared, so that other work matters less; the least of the rounds counts.
 What counting adds is told as a share of the plain run and of the evaluation. ``--profile`` says which ops the difference goes to.
 """
 

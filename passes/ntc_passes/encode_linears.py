@@ -67,7 +67,7 @@ from ntc_passes.digits import (
 from ntc_passes.new_weights import NewWeights, constant_weights
 from ntc_passes.replace_attention import check_percentile, check_switch
 
-__all__ = ["EncodeLinears"]
+__all__ = ["EncodeLinears", "refusal"]
 
 _OPS = torch.ops.ntc
 
@@ -87,7 +87,8 @@ class Options:
         rows: Most tokens of the calibration text that percentiles are taken of.
         base: Of ``digits``: 3 tells the most values, 2 has the fewest spikes per value; ``learned`` = for each site the one with the least
             error on calibration text.
-        price: Of ``digits``: squared steps that a spike must be worth; above 0 small values fall silent.
+        price: Of ``digits``: squared steps that a spike must be worth; above 0 small values fall silent. With 1 the largest channel of each
+            token lies on the last threshold, where rounding decides.
         ranges: Of ``digits``: 2 gives outliers neurons of their own (``channel`` and ``static``).
         split: With two ranges: percentile of the absolute activations from which on a value is an outlier.
         convert: Whether to encode at all: false, set for some modules in an override, leaves their inputs analog.
@@ -143,7 +144,7 @@ class EncodeLinears(Pass):
         chosen, missed = dict[Node, Options](), list[tuple[str, str]]()
         for layer in program.graph.find_nodes(op="call_function", target=aten.linear.default):
             options = self.at(layer, context)
-            reason = _refusal(layer) if options.convert else LEFT_ANALOG
+            reason = refusal(layer) if options.convert else LEFT_ANALOG
             if reason:
                 missed.append((layer.name, reason))
             else:
@@ -171,8 +172,8 @@ class EncodeLinears(Pass):
         return PassResult(bool(chosen), len(chosen), tuple(missed), notes=notes)
 
 
-def _refusal(layer: Node) -> str:
-    """Why a linear layer cannot be driven by encoders, or an empty string."""
+def refusal(layer: Node) -> str:
+    """Why a linear layer cannot be driven by neurons that read its input, or an empty string."""
     source = layer.args[0]
     assert isinstance(source, Node)
     kind = source.meta.get(TYPE, ANALOG)
