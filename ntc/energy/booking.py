@@ -34,7 +34,7 @@ __all__ = ["ENCODERS", "SOFTMAX", "booked", "by_kind"]
 
 SOFTMAX, ENCODERS = "softmax", "encoders"
 
-_ENCODER_OPS = (torch.ops.ntc.encode.default, torch.ops.ntc.token_step.default, torch.ops.ntc.hadamard.default)
+_ENCODER_OPS = tuple(getattr(torch.ops.ntc, name).default for name in ("encode", "digit_neuron", "token_step", "hadamard"))
 _NAMES = {
     "attention": "attention products", "norm": "norms", "neurons": "neuron updates", "activation": "activations", "decode": "decoding",
     "unknown": "not counted",

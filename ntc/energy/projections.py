@@ -13,14 +13,17 @@ from ntc.program import Program, op_name
 
 __all__ = ["LINEAR", "STREAM_NAMES", "attention_projections"]
 
-_WHOLE = (*SOFTMAX_ATTENTION, torch.ops.ntc.spiking_attention.default, torch.ops.ntc.integer_attention.default)
+_WHOLE = (
+    *SOFTMAX_ATTENTION, torch.ops.ntc.spiking_attention.default, torch.ops.ntc.integer_attention.default,
+    torch.ops.ntc.coded_attention.default,
+)  # fmt: skip
 _STREAMS = (
     torch.ops.ntc.attention_stream.default, torch.ops.ntc.spiking_attention_stream.default,
     torch.ops.ntc.integer_attention_stream.default,
 )  # fmt: skip
 _PRODUCTS = (*_WHOLE, *_STREAMS)
 STREAM_NAMES = frozenset(op_name(target) for target in _STREAMS)
-LINEAR = (aten.linear.default, torch.ops.ntc.integer_linear.default)
+LINEAR = (aten.linear.default, torch.ops.ntc.integer_linear.default, torch.ops.ntc.spike_linear.default)
 
 
 def attention_projections(program: Program) -> frozenset[str]:

@@ -122,3 +122,17 @@ def test_additions_of_a_rotation_are_no_synaptic_operations(report: EnergyReport
     (row,) = (r for r in data["unpriced"] if r["operation"] == "additions_of_real_values")
     assert row["side"] == "snn" and row["number"] == pytest.approx(turned)
     assert "additions of real values" in headline(data)[1]
+
+
+def test_layers_and_attention_that_read_digits_are_booked_where_they_were() -> None:
+    """Nothing is multiplied by a weight any more, and the dense work of each kind stays what it was."""
+    program = run_pipeline(llama()[1], recipe("lossless").build(Settings(), find_pass)[1:], CONTEXT)
+    report = measure_energy(program, llama()[1], TOKENS, batch=len(TOKENS.windows))
+    dense = [{k: sum(n.counts.dense_macs for n in nodes) for k, nodes in side.by_kind.items()} for side in (report.ann, report.snn)]
+    assert {k: v for k, v in dense[0].items() if v} == pytest.approx({k: v for k, v in dense[1].items() if v})
+    acs = {kind: sum(n.counts.acs for n in nodes) for kind, nodes in report.snn.by_kind.items()}
+    assert {k for k, v in acs.items() if v} == {"projections", "FFN", "lm_head", "attention products", "encoders"}
+    assert report.snn.total().macs == 0
+    ours = {kind for kind, nodes in report.snn.by_kind.items() if any(n.counts.spikes for n in nodes)}
+    assert ours == {"encoders", "attention products"}, "the softmax's numerators spike inside of attention"
+    assert "other products" not in acs
