@@ -64,7 +64,7 @@ def rows(steps: list[int]) -> Iterator[Row]:
     for t in steps:
         yield Row("lossless", "lossless", t)
     yield Row("lossless, static", "lossless", 8, options={"scale": "static"})
-    for events in (1.6, 1.4, 1.2):
+    for events in (1.75, 1.5, 1.2):
         yield Row(f"lossless-sparse, {events:g} events", "lossless-sparse", 6, options={"events": events})
     for t in steps:
         yield Row("lossless, linear layers only", "lossless", t, without=("spike-products",))
@@ -74,8 +74,8 @@ def rows(steps: list[int]) -> Iterator[Row]:
     for t in steps:
         yield Row("lossless, learned bases", "lossless", t, options={"base": "learned"})
     yield Row("lossless, per channel", "lossless", 8, options={"scale": "channel"})
-    for t, price in ((6, 0.0), (6, 1.0), (5, 0.0), (5, 0.5)):
-        yield Row(f"lossless, base 2, price {price:g}", "lossless", t, options={"base": 2.0, "price": price})
+    for t, price in ((6, 0.9), (6, 0.0), (5, 0.0), (5, 0.5)):
+        yield Row(f"lossless, base 2, price {price:g}", "lossless", t, options={"base": 2.0, "price": price, "probability_steps": 4})
     for t in steps:
         yield Row("sdllm, phase", "sdllm", t, options={"code": "phase"})
 

@@ -101,7 +101,7 @@ LOSSLESS_SPARSE = Recipe(
         # A price of 1 would put the largest channel of every token, N steps, on the threshold of the last digit exactly.
         Step("spike-products", {"steps": 6, "base": 2.0, "price": 0.9, "probability_steps": 4}),
         Step("encode-linears", {"code": "digits", "steps": 6, "base": 2.0, "price": 0.9}),
-        Step("mixed-steps", {"events": 1.6, "fewest": 3}),
+        Step("mixed-steps", {"events": 1.75, "fewest": 3}),
     ),
 )
 
