@@ -125,7 +125,8 @@ def _per_value(report: Any) -> dict[str, float]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown."""
-    columns = ("recipe", "T", "perplexity", "change", "95 %", "events per value: all, linear, attention", "ACs per MAC", "analog MACs", "energy")
+    events = "events per value: all, linear, attention"
+    columns = ("recipe", "T", "perplexity", "change", "95 %", events, "ACs per MAC", "analog MACs", "energy")
     head = f"| {' | '.join(columns)} |"
     out = [head, "|" + " --- |" * 9]
     for d in lines:
