@@ -98,9 +98,9 @@ spike_linear.register_autograd(_backward, setup_context=_setup)
 
 
 def fitted_train(node: Node, type_of: Callable[[Node], NodeType], what: str) -> SpikeType:
-    """The type of a train of weighted spikes, or a mismatch."""
+    """The type of a train of digits, or a mismatch: neurons fitted to a function have weights of their own, too, and binary spikes."""
     given = type_of(node)
-    if not isinstance(given, SpikeType) or given.code != "fitted" or given.levels == "graded":
+    if not isinstance(given, SpikeType) or given.code != "fitted" or given.levels != "ternary":
         raise TypeMismatch(f"{what} reads spikes of digit neurons, and %{node.name} is {given}", node)
     return given
 
