@@ -188,7 +188,7 @@ digit_neuron.register_autograd(_backward, setup_context=_setup)
 def membrane(arguments: Sequence[Any], spikes: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
     """``v(t) / theta(t)`` of a neuron that has fired ``spikes``, and where it fires: at 1, and below -1 the other way."""
     x, step, weights, thresholds = arguments[:4]
-    low, high = (*arguments[5:7], *(0.0, 0.0)[len(arguments[5:7]) :])
+    low, high = [*arguments[5:7], 0.0, 0.0][:2] if len(arguments) > 5 else (0.0, 0.0)
     column = [-1, *[1] * x.dim()]
     w, theta = weights.to(x.dtype).reshape(column), thresholds.to(x.dtype).reshape(column)
     given = (w * spikes).cumsum(0) - w * spikes

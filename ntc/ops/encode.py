@@ -247,7 +247,8 @@ def token_step(x: Tensor, factor: float, groups: int = 1) -> Tensor:
         ValueError: If the channels are not that many groups.
     """
     _check_groups(x, groups)
-    return (x.abs().unflatten(-1, (groups, -1)).amax(-1) * factor).clamp(min=_LEAST).contiguous()
+    size: Tensor = x.abs().reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    return (size.amax(-1) * factor).clamp(min=_LEAST).contiguous()
 
 
 @token_step.register_fake

@@ -153,7 +153,7 @@ def check_base_option(base: object, steps: int) -> None:
     """Refuse what is neither a base nor ``learned``."""
     if base != "learned" and (isinstance(base, bool) or not isinstance(base, int | float)):
         raise ValueError(f"base must be a number larger than 1 and at most {LARGEST_BASE:g}, or 'learned', got {base!r}")
-    check_base(LARGEST_BASE if base == "learned" else float(base), steps)  # type: ignore[arg-type]
+    check_base(LARGEST_BASE if base == "learned" else float(base), steps)
 
 
 def check_price(price: object) -> None:
