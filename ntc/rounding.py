@@ -139,10 +139,11 @@ def margins(node: Node, arguments: Sequence[Any], fired: Tensor, places: tuple[T
     train = fired[every].to(node.meta["val"].dtype)
     with torch.no_grad():
         u, levels = spec.membrane(given, train)
-        own = _fired_at(u, levels)
+        told = _reached(train, len(levels))
+        own = torch.stack([u >= level for level in levels]).sum(0)
         distance = torch.zeros_like(u)
         for rank, level in enumerate(levels):
-            crossed = (own >= 1 - rank) != (train >= 1 - rank)
+            crossed = (own >= len(levels) - rank) != (told >= len(levels) - rank)
             distance = torch.maximum(distance, (u - level).abs() * crossed)
         found: Tensor = (distance / levels[0]).amax(0)
     return found
@@ -159,6 +160,6 @@ def at_threshold(node: Node, arguments: Sequence[Any], train: Tensor) -> Tensor 
     return met
 
 
-def _fired_at(u: Tensor, levels: tuple[Any, ...]) -> Tensor:
-    """Spikes at a membrane: one more from each level on; with two of them the lowest result is -1."""
-    return torch.stack([u >= level for level in levels]).sum(0) - (len(levels) - 1)
+def _reached(train: Tensor, levels: int) -> Tensor:
+    """How many of its levels a membrane has reached that fired these events: half of them at 0, one more for +-1, +-2, +-4, ... each."""
+    return train.sign() * torch.frexp(train.double()).exponent + levels // 2

@@ -6,7 +6,15 @@ Per neuron and time step t = 1..T, with base threshold theta and v(0) = 0 (ECMT,
     e(t) = sign(u) 2^i,   i the largest of 0..N-1 with |u| >= (2^i - 1/2) theta;   0 if there is none
     v(t) = u(t) - theta e(t)
 
-so that ``theta sum_t e(t) = sum_t x(t) - v(T)`` whatever x, and the mean over the steps is off by ``v(T) / T``. An event carries its
+so that ``theta sum_t e(t) = sum_t x(t) - v(T)`` whatever x, and the mean over the steps is off by ``v(T) / T``. Of a constant input the sum
+has a closed form (``sum_oracle``), with g the largest size that is not above it, or 1:
+
+    g = 2^i,   i = floor(log2(|x| / theta)) within 0..N-1
+    sum_t e(t) = sign(x) min(g floor((T |x| / theta + 1/2) / g), 2^(N-1) T)
+
+Why: as long as nothing is clipped, ``-theta/2 <= v(t) < (g - 1/2) theta`` for x > 0, and all events are multiples of g, or it is 1. So the
+mean is short by less than ``g theta / T``, the T-th part of the value: below theta values are rounded to a T-th of theta, and above it they
+are rounded down, to T equal parts of each power of two. An event carries its
 size, one of N: a line of its own to copies of the weights scaled by ``2^i`` (the paper's parallel normalization), or a shift at the
 receiver; the train has graded spikes and the code ``rate``, in units of theta. The paper has a threshold of its own for either sign; here
 they are one, so that theta is a factor of the weights behind. N is at most 7: sizes up to 64 are whole numbers of 8 bits, as trains are
@@ -30,7 +38,7 @@ from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.ops.traffic import fired
 from ntc.spike_type import Analog, CurrentType, NodeType, SpikeType
 
-__all__ = ["MOST_LEVELS", "MT_NEURON", "mt_neuron"]
+__all__ = ["MOST_LEVELS", "MT_NEURON", "membrane", "mt_neuron", "sum_oracle"]
 
 MOST_LEVELS = 7
 """Sizes of events: the largest is 64 thresholds, which 8 bits hold with a sign."""
@@ -111,6 +119,36 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 mt_neuron.register_autograd(_backward, setup_context=_setup)
 
 
+def membrane(arguments: Sequence[Any], spikes: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """The membrane u(t) of a neuron that has fired ``spikes``, and its thresholds of either sign: for ``OpSpec.membrane``."""
+    current, threshold, _, levels, timed = arguments[:5]
+    v, potentials = torch.zeros_like(spikes[0]), []
+    for t, e in enumerate(spikes):
+        u = v + (current[t] if timed else current)
+        potentials.append(u)
+        v = u - e * threshold
+    up = [(2.0**i - 0.5) * threshold for i in reversed(range(levels))]
+    return torch.stack(potentials), (*up, *(-level for level in reversed(up)))
+
+
+def sum_oracle(current: Tensor, threshold: Tensor, steps: int, levels: int) -> Tensor:
+    """``sum_t e(t)`` of a constant input in closed form (see the module's docstring).
+
+    Args:
+        current: ``[..., C]``.
+        threshold: theta > 0, ``[C]`` or ``[1]``.
+        steps: T.
+        levels: N.
+
+    Returns:
+        Same shape as the current, float64, in units of theta.
+    """
+    size = current.double().abs() / threshold.double()
+    g = torch.exp2((torch.frexp(size).exponent - 1).clamp(0, levels - 1).double())
+    told = g * torch.floor((steps * size + 0.5) / g)
+    return current.double().sign() * told.clamp(max=2.0 ** (levels - 1) * steps)
+
+
 def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:
     current, _, steps, _, is_timed = node.args
     assert isinstance(current, Node) and isinstance(steps, int)
@@ -175,6 +213,6 @@ def _onnx(is_timed: bool) -> str:
 MT_NEURON = register(
     OpSpec(
         target=torch.ops.ntc.mt_neuron.default, infer=_infer, count=_count, moves=fired, element="population", kind="neurons",
-        onnx=_onnx(False) + _onnx(True),
+        membrane=membrane, onnx=_onnx(False) + _onnx(True),
     )
 )  # fmt: skip

@@ -144,8 +144,8 @@ class OpSpec:
         traced: For ops of ours: the same function of the same arguments in plain torch operations, differentiable and open to
             ``torch.compile``, which training runs in place of the kernel; None = training runs the kernel and its gradient.
         membrane: Of populations: from the arguments and a train that was fired, the membrane before each decision, ``[T, ...]``, and the
-            potentials from which on one spike more is fired, the highest one first; None = ties at a threshold cannot be told from
-            mistakes (``ntc.rounding``).
+            potentials from which on the next larger event is fired, the highest one first: one (0, 1), two (-1, 0, 1) or 2 N of them
+            (0 and +-2^i, i < N); None = ties at a threshold cannot be told from mistakes (``ntc.rounding``).
         bound: Of the integer grade: the interval of the result and of what is held inside, from those of the arguments
             (``ntc.ops.interval``); None = the op has no integer form.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from op_cases import CURRENT, RATE, SPIKES, Constant, counts, dyadics, infer, op
 
 from ntc.ops import Counts, TypeMismatch, expectation, mt_neuron
 from ntc.ops.expectation import FUNCTIONS
+from ntc.ops.mt_neuron import membrane, sum_oracle
 from ntc.spike_type import ANALOG, INDEX, CurrentType, SpikeType
 
 NEURON, EXPECTED = torch.ops.ntc.mt_neuron.default, torch.ops.ntc.expectation.default
@@ -37,6 +40,35 @@ def test_neurons_equal_their_dynamics(numbers, theta, steps, levels):
         got = events[:, 0, i // 3, i % 3]
         assert got.tolist() == expected
         assert theta * float(got.sum()) == steps * number - left, "nothing is lost but what the membrane keeps"
+
+
+@given(dyadics(-400, 400, 12), st.sampled_from([0.25, 1.0, 2.0]), st.integers(1, 12), st.integers(1, 7))
+def test_a_constant_is_told_as_the_closed_form_says(numbers, theta, steps, levels):
+    """Multiples of a power of two, rounded down: short by less than the T-th part of the value, or of theta, in range."""
+    x, at = torch.tensor(numbers), torch.tensor([theta])
+    told = mt_neuron(x.reshape(1, 1, -1), at, steps, levels, False).sum(0).flatten()
+    assert torch.equal(told.double(), sum_oracle(x, at, steps, levels))
+    inside = x.abs() < (2 ** (levels - 1) + 0.0) * theta
+    short = (x.abs() - theta * told.abs() / steps)[inside]
+    assert bool((short * steps >= -theta / 2).all())
+    assert bool((short * steps < x[inside].abs().clamp(min=theta)).all())
+    assert bool((theta * told.abs()[~inside] == 2 ** (levels - 1) * theta * steps).all()), "what is beyond the largest is clipped to it"
+
+
+@given(st.integers(0, 100), st.sampled_from([0.02, 0.3, 1.7]), st.integers(1, 10), st.integers(1, 7))
+def test_the_closed_form_of_real_numbers(seed, theta, steps, levels):
+    x, at = random(1, 3, 40, seed=seed, grad=False, low=-6, high=6), torch.tensor([theta], dtype=torch.float64)
+    assert torch.equal(mt_neuron(x, at, steps, levels, False).sum(0), sum_oracle(x, at, steps, levels))
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_membrane_tells_what_was_fired(timed):
+    x, theta = random(*([5] if timed else []), 2, 3, 40, grad=False, low=-9, high=9), random(40, grad=False, seed=1, low=0.1, high=0.5)
+    events = mt_neuron(x, theta, 5, 4, timed)
+    u, levels = membrane((x, theta, 5, 4, timed), events)
+    assert len(levels) == 8 and all(bool((above > below).all()) for above, below in pairwise(levels))
+    reached = torch.stack([u >= level for level in levels]).sum(0) - 4
+    assert torch.equal(events, reached.sign() * 2.0 ** (reached.abs() - 1) * (reached != 0)) and len(events.unique()) == 9
 
 
 def test_neurons_by_hand():
