@@ -20,14 +20,17 @@ from agreement_cases import (
     set_element,
     tokens,
 )
+from programs import CONTEXT, canonical
 from torch import Tensor
 
 from ntc.agreement import Agreement
 from ntc.errors import DisagreementError
 from ntc.executors import Execution
+from ntc.pipeline import run_pipeline
 from ntc.program import Program, interpret
 from ntc.recording import grade_of, populations, record
 from ntc.rounding import limits, margins
+from ntc_passes.multi_threshold import MultiThreshold
 
 float_program = cache(floating)
 integer_program = cache(quantized)
@@ -225,13 +228,38 @@ def test_beside_ties_a_mistake_is_found() -> None:
     assert layer(result, "q")["unexplained"] == 0
 
 
-VARIANTS: list[dict[str, Any]] = [{}, {"signed": False}, {"tau": 2.0}, {"tau": 2.0, "hard": True}]
+@cache
+def multi_threshold() -> Program:
+    """Neurons with events of several sizes, -64 ... 64."""
+    return run_pipeline(canonical(n_layer=1), [MultiThreshold.configure({"scale": "channel"})], CONTEXT)
+
+
+def test_ties_of_several_thresholds_are_proven_and_mistakes_found() -> None:
+    program = multi_threshold()
+    vocabulary = program.info.vocab_size
+    one = record(program, tokens(96, vocabulary).windows, 0)
+    node = populations(program)["h_0_mlp_act_spikes"]
+    # Of one value in each channel the first membrane lies on a threshold but for rounding: x = (2^2 - 1/2) theta.
+    largest = one.arguments[node.name][0].abs().flatten(0, 1).amax(0)
+    tied = changed(program, constant_of(program, node.name, THRESHOLD), lambda theta: largest / 3.5)
+    result = compared(tied, ProgramExecutor(in_double(tied)), count=96)
+    assert result["agrees"] and result["held"]["spike_mismatches"] == result["held"]["ties"] > 0
+    wrong = changed(in_double(tied), constant_of(tied, node.name, THRESHOLD), set_element(slice(None), 1.01))
+    result = compared(tied, ProgramExecutor(wrong), count=96)
+    assert result["verdict"] == "differs" and f"node %{node.name}" in result["reason"]
+
+
+VARIANTS: list[dict[str, Any] | str] = [{}, {"signed": False}, {"tau": 2.0}, {"tau": 2.0, "hard": True}, "multi-threshold"]
+
+
+def variant(options: dict[str, Any] | str) -> Program:
+    return multi_threshold() if isinstance(options, str) else float_program(**options)
 
 
 @pytest.mark.parametrize("options", VARIANTS)
-def test_membranes_explain_the_spikes_of_the_op(options: dict[str, Any]) -> None:
-    program = float_program(**options)
-    given = record(program, tokens(48).windows, 0)
+def test_membranes_explain_the_spikes_of_the_op(options: dict[str, Any] | str) -> None:
+    program = variant(options)
+    given = record(program, tokens(48, program.info.vocab_size).windows, 0)
     for name, node in populations(program).items():
         train = given.trains[name]
         every = torch.ones_like(train[0]).nonzero(as_tuple=True)
@@ -243,11 +271,11 @@ def test_membranes_explain_the_spikes_of_the_op(options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("options", VARIANTS)
-def test_limits_hold_and_are_sharp(options: dict[str, Any]) -> None:
+def test_limits_hold_and_are_sharp(options: dict[str, Any] | str) -> None:
     """Float32 against float64: rounding stays below the limit at every neuron, and the limit is below a thousandth of a threshold."""
-    program = float_program(**options)
+    program = variant(options)
     double = in_double(program)
-    given = record(program, tokens(96).windows, 0)
+    given = record(program, tokens(96, program.info.vocab_size).windows, 0)
     found = limits(program, given.one())
     potentials: dict[str, Tensor] = {}
 
