@@ -140,9 +140,7 @@ class MultiThreshold(Pass):
         return PassResult(bool(chosen), len(chosen), tuple(missed), notes=notes)
 
 
-def _convert(
-    program: Program, layer: Node, options: Options, weights: NewWeights, neurons: _Neurons, samples: dict[Node, Tensor]
-) -> None:
+def _convert(program: Program, layer: Node, options: Options, weights: NewWeights, neurons: _Neurons, samples: dict[Node, Tensor]) -> None:
     source, matrix, *bias = layer.args
     assert isinstance(source, Node) and isinstance(matrix, Node)
     if (source, options) not in neurons:
