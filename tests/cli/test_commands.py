@@ -84,7 +84,7 @@ def test_version_help_and_module() -> None:
 
 COMMANDS = (
     "compile", "check", "finetune", "quantize", "evaluate", "generate", "energy", "export", "sweep", "verify", "explain", "passes", "backends",
-    "recipes", "inspect", "simulate",
+    "recipes", "inspect", "simulate", "plan",
 )  # fmt: skip
 
 
