@@ -3,12 +3,13 @@ r"""Time steps per site, chosen by what each site's error does, under a budget o
 A site is the train of one population of digit neurons and the linear layers that read it (``encode-linears`` with ``code = digits``). With
 T steps it has
 
-    e_s(T) = sum over its layers W of |W (x - x_T)|^2 / |W x|^2        on calibration text; x_T = what T digits tell of x
-    n_s(T) = mean spikes per value of x_T
+    e_s(T) = sum over its layers W of mean over tokens of |W (x - x_T)|^2 / |W x|^2        x_T = what T digits tell of x
+    n_s(T) = mean spikes per value of x_T                                                  both on calibration text
 
 and T_s is chosen to minimise ``sum_s e_s(T_s) + mu c_s n_s(T_s)``, c_s the number of its values; mu >= 0 is the smallest for which the
 mean of ``n_s`` over values is within the budget (bisection). The relative error of a layer's output is a stand-in for its effect on the
-network: it knows weights and values of the site, and nothing of the layers behind.
+network: it knows weights and values of the site, and nothing of the layers behind. It is taken token by token, because a few tokens with
+activations a thousand times those of the others (attention sinks) would make every error look small.
 
 Ranges stay as they are, so fewer digits are wider steps: ``d = range / N(T)``. What is measured per token keeps its range, what is known in
 advance is folded into the weights anew. Sites with two ranges keep their steps.
@@ -133,14 +134,14 @@ def _measured(program: Program, node: Node, x: Tensor, options: Options) -> _Sit
         matrix = program.tensor(layer.args[2]).detach()  # type: ignore[arg-type]
         matrices.append(matrix if per_token else matrix / program.tensor(step).detach())
     full = [x @ m.T for m in matrices]
-    powers = [float(y.square().sum(dtype=torch.float64)) or 1.0 for y in full]
+    powers = [y.square().sum(-1).clamp(min=1e-20) for y in full]
     systems, errors, events = [], [], []
     for steps in range(options.fewest, options.most + 1):
         system = Digits(base, steps, price)
         v = torch.tensor(digit_weights(base, steps))
         spikes = digit_neuron(x, top / system.most, v, torch.tensor(digit_thresholds(v.tolist(), price)), per_token)
         off = x - weighted(spikes, v) * (top / system.most)
-        errors.append(sum(float((off @ m.T).square().sum(dtype=torch.float64)) / p for m, p in zip(matrices, powers, strict=True)))
+        errors.append(sum(float(((off @ m.T).square().sum(-1) / p).double().mean()) for m, p in zip(matrices, powers, strict=True)))
         events.append(float(spikes.abs().sum(dtype=torch.float64)) / x.numel())
         systems.append(system)
     return _Site(node, layers, tuple(systems), tuple(errors), tuple(events), int(x.shape[-1]))
