@@ -49,9 +49,9 @@ def test_a_constant_is_told_as_the_closed_form_says(numbers, theta, steps, level
     told = mt_neuron(x.reshape(1, 1, -1), at, steps, levels, False).sum(0).flatten()
     assert torch.equal(told.double(), sum_oracle(x, at, steps, levels))
     inside = x.abs() < (2 ** (levels - 1) + 0.0) * theta
-    short = (x.abs() - theta * told.abs() / steps)[inside]
-    assert bool((short * steps >= -theta / 2).all())
-    assert bool((short * steps < x[inside].abs().clamp(min=theta)).all())
+    short = (x.abs() * steps - theta * told.abs())[inside]  # T times what the mean is short by: exact, where a mean is not
+    assert bool((short >= -theta / 2).all())
+    assert bool((short < x[inside].abs().clamp(min=theta)).all())
     assert bool((theta * told.abs()[~inside] == 2 ** (levels - 1) * theta * steps).all()), "what is beyond the largest is clipped to it"
 
 
