@@ -87,6 +87,7 @@ def test_seventy_billion_parameters_without_one_weight(tmp_path: Path) -> None:
     assert data["memory_bytes"] == found.memory_bytes and data["stages"][3]["name"] == "rotate"
 
 
+@pytest.mark.slow  # it measures this machine
 def test_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No figure is of use to a test but their order: all are positive, a stage takes longer for more blocks, and more memory for more weights."""
     monkeypatch.setattr(planning, "_WIDE", MEDIUM)
