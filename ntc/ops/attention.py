@@ -22,8 +22,8 @@ from ntc.ops.traffic import causal, rows_of
 from ntc.spike_type import ANALOG, NodeType
 
 __all__ = [
-    "ATTENTION", "ATTENTION_STREAM", "ONNX_MERGE", "ONNX_SIZES", "ONNX_SPLIT", "attention", "attention_stream", "merge_heads",
-    "split_heads",
+    "ATTENTION", "ATTENTION_STREAM", "ONNX_MERGE", "ONNX_SIZES", "ONNX_SPLIT", "attention", "attention_gradients", "attention_stream",
+    "merge_heads", "split_heads",
 ]  # fmt: skip
 
 
@@ -76,22 +76,26 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(query, key, value)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    query, key, value = ctx.saved_tensors
-    groups = ctx.heads // ctx.kv_heads
-    p, q, k = _probabilities(query, key, ctx.heads, ctx.kv_heads, ctx.scale)
-    v = split_heads(value, ctx.kv_heads).repeat_interleave(groups, dim=-3)
-    g = split_heads(grad, ctx.heads)
+def attention_gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of causal softmax attention with respect to query, key and value, from that of its result."""
+    groups = heads // kv_heads
+    p, q, k = _probabilities(query, key, heads, kv_heads, scale)
+    v = split_heads(value, kv_heads).repeat_interleave(groups, dim=-3)
+    g = split_heads(grad, heads)
     to_p = g @ v.transpose(-2, -1)
-    to_scores = p * (to_p - (to_p * p).sum(-1, keepdim=True)) * ctx.scale
+    to_scores = p * (to_p - (to_p * p).sum(-1, keepdim=True)) * scale
 
     def per_kv_head(x: Tensor) -> Tensor:
-        return merge_heads(x.reshape(*x.shape[:-3], ctx.kv_heads, groups, *x.shape[-2:]).sum(-3))
+        return merge_heads(x.reshape(*x.shape[:-3], kv_heads, groups, *x.shape[-2:]).sum(-3))
 
-    return (
-        merge_heads(to_scores @ k), per_kv_head(to_scores.transpose(-2, -1) @ q), per_kv_head(p.transpose(-2, -1) @ g),
-        None, None, None,
-    )  # fmt: skip
+    return merge_heads(to_scores @ k), per_kv_head(to_scores.transpose(-2, -1) @ q), per_kv_head(p.transpose(-2, -1) @ g)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    query, key, value = ctx.saved_tensors
+    return *attention_gradients(grad, query, key, value, ctx.heads, ctx.kv_heads, ctx.scale), None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_setup)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.attention import _probabilities, merge_heads, split_heads
+from ntc.ops.attention import attention_gradients, merge_heads, split_heads
 from ntc.ops.digit_neuron import ONNX_DIGITS, spread
 from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, TypeMismatch, register
 from ntc.ops.spike_linear import ONNX_SUM, fitted_train, weighted
@@ -176,16 +176,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     sums = [weighted(train, weights) for train in trains]
     steps = [spread(step, x) for step, x in zip((query_step, key_step, value_step), sums, strict=True)]
     query, key, value = (x * step for x, step in zip(sums, steps, strict=True))
-    groups = ctx.heads // ctx.kv_heads
-    p, q, k = _probabilities(query, key, ctx.heads, ctx.kv_heads, ctx.scale)
-    v, g = split_heads(value, ctx.kv_heads).repeat_interleave(groups, dim=-3), split_heads(grad, ctx.heads)
-    to_p = g @ v.transpose(-2, -1)
-    to_scores = p * (to_p - (to_p * p).sum(-1, keepdim=True)) * ctx.scale
-
-    def per_kv_head(x: Tensor) -> Tensor:
-        return merge_heads(x.reshape(*x.shape[:-3], ctx.kv_heads, groups, *x.shape[-2:]).sum(-3))
-
-    given = (merge_heads(to_scores @ k), per_kv_head(to_scores.transpose(-2, -1) @ q), per_kv_head(p.transpose(-2, -1) @ g))
+    given = attention_gradients(grad, query, key, value, ctx.heads, ctx.kv_heads, ctx.scale)
     to_trains, to_steps = [], []
     for to_x, x, step, own in zip(given, sums, steps, (query_step, key_step, value_step), strict=True):
         w = weights.to(to_x.dtype).reshape(-1, *[1] * to_x.dim())
