@@ -20,6 +20,7 @@ from torch.fx import Node
 from ntc.ops.attention import merge_heads, split_heads
 from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, host_rule, register
 from ntc.ops.traffic import causal, values
+from ntc.ops.windowed_attention import ONNX_WINDOW_MASK
 from ntc.spike_type import NodeType
 
 __all__ = ["CAUSAL_SCORES", "WEIGHTED_VALUES", "causal_scores", "weighted_values"]
@@ -185,21 +186,7 @@ CausalScores <heads, kv_heads, scale, window> (query, key) => (scores)
     factor_value = Constant <value_float: float = @scale> ()
     factor = CastLike(factor_value, query)
     scaled = Mul(products, factor)
-    hidden_value = Constant <value_float = -inf> ()
-    hidden = CastLike(hidden_value, query)
-    square = Concat <axis = 0> (length, length)
-    all_hidden = Expand(hidden, square)
-    diagonal = Constant <value_int = 1> ()
-    later = Trilu <upper = 1> (all_hidden, diagonal)
-    given_window = Constant <value_int: int = @window> ()
-    none = Constant <value_int = 0> ()
-    has_window = Greater(given_window, none)
-    whole = Squeeze(length)
-    reach = Where(has_window, given_window, whole)
-    below = Neg(reach)
-    earlier = Trilu <upper = 0> (all_hidden, below)
-    mask = Add(later, earlier)
-    masked = Add(scaled, mask)
+{ONNX_WINDOW_MASK}    masked = Add(scaled, mask)
     shape = Concat <axis = 0> (batch, any, length)
     scores = Reshape(masked, shape)
 }}

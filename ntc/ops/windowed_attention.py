@@ -21,7 +21,7 @@ from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, host_rule, register
 from ntc.ops.traffic import causal, rows_of
 from ntc.spike_type import NodeType
 
-__all__ = ["SOFTMAX_ATTENTION", "WINDOWED_ATTENTION", "windowed_attention"]
+__all__ = ["ONNX_WINDOW_MASK", "SOFTMAX_ATTENTION", "WINDOWED_ATTENTION", "windowed_attention"]
 
 
 @torch.library.custom_op("ntc::windowed_attention", mutates_args=())
@@ -122,6 +122,23 @@ def _moves(node: Node, operands: Sequence[Operand], result: Operand, measured: d
 
 
 # A cap of 0 would divide by 0, so it is 1 there and what it gives is not chosen. A window of 0 is the whole length.
+ONNX_WINDOW_MASK = """    hidden_value = Constant <value_float = -inf> ()
+    hidden = CastLike(hidden_value, query)
+    square = Concat <axis = 0> (length, length)
+    all_hidden = Expand(hidden, square)
+    diagonal = Constant <value_int = 1> ()
+    later = Trilu <upper = 1> (all_hidden, diagonal)
+    given_window = Constant <value_int: int = @window> ()
+    none = Constant <value_int = 0> ()
+    has_window = Greater(given_window, none)
+    whole = Squeeze(length)
+    reach = Where(has_window, given_window, whole)
+    below = Neg(reach)
+    earlier = Trilu <upper = 0> (all_hidden, below)
+    mask = Add(later, earlier)
+"""
+"""``mask``, minus infinity for keys behind a query and out of its window, in the text of ONNX functions."""
+
 _ONNX = f"""
 <domain: "ntc", opset_import: ["": 20]>
 WindowedAttention <heads, kv_heads, scale, window, softcap> (query, key, value) => (y)
@@ -141,21 +158,7 @@ WindowedAttention <heads, kv_heads, scale, window, softcap> (query, key, value) 
     squashed = Tanh(divided)
     bounded = Mul(squashed, divisor)
     capped = Where(has_cap, bounded, scaled)
-    hidden_value = Constant <value_float = -inf> ()
-    hidden = CastLike(hidden_value, query)
-    square = Concat <axis = 0> (length, length)
-    all_hidden = Expand(hidden, square)
-    diagonal = Constant <value_int = 1> ()
-    later = Trilu <upper = 1> (all_hidden, diagonal)
-    given_window = Constant <value_int: int = @window> ()
-    none = Constant <value_int = 0> ()
-    has_window = Greater(given_window, none)
-    whole = Squeeze(length)
-    reach = Where(has_window, given_window, whole)
-    below = Neg(reach)
-    earlier = Trilu <upper = 0> (all_hidden, below)
-    mask = Add(later, earlier)
-    masked = Add(capped, mask)
+{ONNX_WINDOW_MASK}    masked = Add(capped, mask)
     probabilities = Softmax <axis = -1> (masked)
     products = MatMul(probabilities, v)
 {ONNX_MERGE}}}

@@ -7,6 +7,7 @@ import torch
 from onnx_cases import KINDS, SHAPES, numbers, run_op, thresholds, words
 
 import ntc.ops as ops
+import ntc_backends.onnx_export  # noqa: F401  registers the handlers of the integer grade, whatever ran before
 from ntc_backends.onnx_writer import HANDLERS
 
 
