@@ -1,11 +1,14 @@
 """Recipes that need no training, over time steps: perplexity, events per value, energy, what stays analog.
 
-    python benchmarks/recipes.py SmolLM2-135M.gguf --data wikitext2-test.txt --calibration wikitext2-valid.txt --output recipes.jsonl
-    python benchmarks/recipes.py examples/gpt2-books --data books-valid.txt --only lossless --steps 4,5 --windows 16 --markdown
+    python benchmarks/recipes.py SmolLM2-135M.gguf --data wikitext2-test.txt --calibration wikitext2-valid.txt --output smollm2.jsonl
+    python benchmarks/recipes.py examples/gpt2-books --data books-test.txt --only "lossless;ecmt" --steps 4,5 --markdown
+    python benchmarks/recipes.py examples/gpt2-books --data books-test.txt --compiled "neurtransformer=build/tuned" --output gpt2.jsonl
+    python benchmarks/recipes.py examples/gpt2-books --stored --output gpt2.jsonl --page docs/comparison.md
 
 Every row is a recipe with settings, run on the same captured network and measured on the same windows as the original: perplexity on all of
 them, with the interval of its change (paired bootstrap over windows), operations, events and energy on the first --count-windows.
 Calibration text is read by what asks for it. Each finished row is a line of --output; a second run measures only what is missing.
+``--page`` makes the tables of docs/comparison.md of all lines of --output, between the marks that name the model.
 """
 
 from __future__ import annotations
@@ -15,25 +18,34 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from ntc import artifact
 from ntc.bootstrap import bootstrap_means, percentile_interval
 from ntc.compiler import compile_model
-from ntc.energy import measure_energy
+from ntc.energy import EnergyReport, load_constants, measure_energy
 from ntc.frontend import capture
 from ntc.loading import load_tokenizer
+from ntc.ops import Counts
 from ntc.pipeline import run_pipeline
 from ntc.program import Program
 from ntc.recipe import Settings
 from ntc.registry import find_pass
 from ntc.registry import recipe as find_recipe
 from ntc.text import Tokens, calibration_from, tokens_from
+from ntc.training.groups import roles_of, trained
+
+GROUPS = ("all", "linear layers", "attention")
+"""Coded values: of all, and of the two groups that they fall into."""
+
+FEW_BITS = "horowitz-45nm-int8"
+"""Table for the compute column in integers: 8-bit factors, 32-bit sums."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,8 @@ def rows(steps: list[int]) -> Iterator[Row]:
     yield Row("sdllm", "sdllm", 7)
     yield Row("phase", "phase", 8)
     yield Row("las", "las", 16)
+    for t in (4, 10):
+        yield Row("ecmt", "ecmt", t)
     for t in steps:
         yield Row("lossless, learned bases", "lossless", t, options={"base": "learned"})
     yield Row("lossless, per channel", "lossless", 8, options={"scale": "channel"})
@@ -78,6 +92,9 @@ def rows(steps: list[int]) -> Iterator[Row]:
         yield Row(f"lossless, base 2, price {price:g}", "lossless", t, options={"base": 2.0, "price": price, "probability_steps": 4})
     for t in steps:
         yield Row("sdllm, phase", "sdllm", t, options={"code": "phase"})
+
+
+# ------------------------------------------------------------------------------------------------ measuring
 
 
 def losses(program: Program, tokens: Tokens) -> torch.Tensor:
@@ -107,13 +124,26 @@ def measure(row: Row, program: Program, analog: Program, tokens: Tokens, counted
         "perplexity": math.exp(float(ours.mean())), "perplexity_ann": math.exp(float(original.mean())),
         "change": math.exp(float(ours.mean() - original.mean())) - 1, "change_interval": list(percentile_interval(ratios)),
         "firing_rate": report.firing_rate, "events_per_value": _per_value(report), "analog_share": spiking["macs"] / dense,
-        "acs_per_mac": spiking["acs"] / dense, "total": total, "kinds": kinds, "cpu_seconds": seconds,
+        "acs_per_mac": spiking["acs"] / dense, "zero_train_share": zero_train_share(program), "total": total, "kinds": kinds,
+        "constants": report.constants.id, "memory": report.memory.id, "cpu_seconds": seconds,
     }  # fmt: skip
 
 
-def _per_value(report: Any) -> dict[str, float]:
-    """Spikes over coded values: of all, and of the two groups that they fall into."""
-    groups = {"all": [0.0, 0.0], "linear layers": [0.0, 0.0], "attention": [0.0, 0.0]}
+def zero_train_share(program: Program) -> float:
+    """Share of a program's parameters that no gradient step has set: all but those of the groups that its history says were fine-tuned.
+
+    Closed forms, searches on unlabelled text and exact changes of basis are no training; a gradient that only chooses a step is none.
+    """
+    groups = {str(record.options["group"]) for record in program.history if record.name == "finetune"}
+    roles = roles_of(program)
+    touched = {name for group in groups for name in trained(roles, group)}
+    sizes = {name: tensor.numel() for name, tensor in program.tensors.items() if tensor.is_floating_point()}
+    return 1 - sum(size for name, size in sizes.items() if name in touched) / sum(sizes.values())
+
+
+def _per_value(report: EnergyReport) -> dict[str, float]:
+    """Spikes over coded values."""
+    groups = {name: [0.0, 0.0] for name in GROUPS}
     for node in report.to_json()["nodes"]["snn"]:
         if node.get("neurons"):
             inside = node["op"] == "ntc.coded_attention" or node["node"].endswith(("_q_spikes", "_k_spikes", "_v_spikes"))
@@ -123,64 +153,180 @@ def _per_value(report: Any) -> dict[str, float]:
     return {name: spikes / values for name, (spikes, values) in groups.items() if values}
 
 
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def _markdown(columns: Sequence[str], cells: Iterator[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:+.{digits}f} %"
+
+
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    events = "events per value: all, linear, attention"
-    columns = ("recipe", "T", "perplexity", "change", "95 %", events, "ACs per MAC", "analog MACs", "energy")
-    head = f"| {' | '.join(columns)} |"
-    out = [head, "|" + " --- |" * 9]
-    for d in lines:
-        events = ", ".join(f"{d['events_per_value'].get(k, float('nan')):.2f}" for k in ("all", "linear layers", "attention"))
-        low, high = d["change_interval"]
-        out.append(
-            f"| {d['label']} | {d['steps']} | {d['perplexity']:.2f} | {100 * d['change']:+.2f} % | {100 * low:+.2f} ... {100 * high:+.2f} "
-            f"| {events} | {d['acs_per_mac']:.2f} | {100 * d['analog_share']:.1f} % | {-100 * d['total']['reduction']:+.1f} % |"
-        )
-    return "\n".join(out)
+    """Fidelity, events and what stays analog, as Markdown."""
+
+    def cells() -> Iterator[Sequence[str]]:
+        for d in lines:
+            low, high = d["change_interval"]
+            events = (f"{e:.2f}" if (e := d["events_per_value"].get(k)) is not None else "–" for k in GROUPS)
+            rate = "–" if d["firing_rate"] is None else f"{d['firing_rate']:.3f}"
+            multiplied = d["total"]["snn"]["graded_macs"] / d["total"]["ann"]["dense_macs"]
+            graded = f" + {multiplied:.2f} graded" if multiplied else ""
+            # Lines without the share were written before there were rows of trained programs.
+            trained_none = f"{100 * d.get('zero_train_share', 1.0):.0f} %"
+            yield (
+                d["label"], str(d["steps"]), f"{d['perplexity']:.2f}", _percent(d["change"], 2), f"{100 * low:+.2f} ... {100 * high:+.2f}",
+                *events, rate, f"{d['acs_per_mac']:.2f}{graded}", f"{100 * d['analog_share']:.1f} %", trained_none,
+            )  # fmt: skip
+
+    return _markdown(
+        ("recipe", "T", "perplexity", "change", "95 %", "events per value", "of linear layers", "of attention", "firing rate",
+         "ACs per MAC", "analog MACs", "zero-train"),
+        cells(),
+    )  # fmt: skip
 
 
-def main() -> None:
+def energy_table(lines: list[dict[str, Any]]) -> str:
+    """Both sides of the columns of ``ntc energy``, µJ per token, and the compute column against networks of few bits, as Markdown."""
+    int8 = load_constants(FEW_BITS)
+
+    def cells() -> Iterator[Sequence[str]]:
+        for d in lines:
+            columns = {c["column"]: c for c in d["total"]["columns"]}
+            compute, both = ([columns[name][side] / 1e6 for side in ("ann_pj", "snn_pj")] for name in ("compute", "compute and memory"))
+            memory = [b - c for b, c in zip(both, compute, strict=True)]
+            ann, snn = (Counts(**{f.name: d["total"][side][f.name] for f in fields(Counts)}) for side in ("ann", "snn"))
+            bits = math.ceil(math.log2(d["steps"] + 1))
+            # As docs/energy.md has it: 8-bit weights on both sides, the original with 8-bit activations, then with as few as T steps tell.
+            few = (int8.cost(snn) / base.cost(ann) - 1 for base in (int8, int8.quantised(bits)))
+            pairs = (f"{before:,.1f} → {after:,.1f}" for before, after in (compute, memory, both))
+            first, second, third = pairs
+            yield (
+                d["label"], str(d["steps"]), first, _percent(compute[1] / compute[0] - 1), second, third, _percent(both[1] / both[0] - 1),
+                *map(_percent, few), str(bits),
+            )  # fmt: skip
+
+    return _markdown(
+        ("recipe", "T", "compute", "change", "memory", "compute and memory", "change", "compute, int8", "compute, b bits", "b"), cells()
+    )  # fmt: skip
+
+
+def section(lines: list[dict[str, Any]]) -> str:
+    """The two tables of one network, with what they were measured on.
+
+    Raises:
+        SystemExit: If the lines are not of one original on one text.
+    """
+    texts = sorted({d["data"] for d in lines})
+    if len(texts) != 1:
+        raise SystemExit(f"a section of the page has one text, and these lines have {len(texts)}: {'; '.join(texts) or 'no line at all'}")
+    ann = sorted({round(d["perplexity_ann"], 4) for d in lines})
+    if ann[-1] - ann[0] > 1e-3 * ann[0]:
+        raise SystemExit(f"these lines are of different originals: their perplexities are {ann[0]} to {ann[-1]}")
+    tables = sorted({f"`{d.get('constants', 'horowitz-45nm-fp32')}`, `{d.get('memory', 'horowitz-45nm-sram')}`" for d in lines})
+    counted = sorted({d["counted_tokens"] for d in lines})
+    return "\n\n".join([
+        f"{texts[0]}; the original has a perplexity of {ann[0]:.2f}. Events and operations of the first "
+        f"{' or '.join(f'{n:,}' for n in counted)} tokens.",
+        table(lines),
+        f"Energy, µJ per token, original → program ({'; '.join(tables)}; the changes under int8 and b bits are those of `{FEW_BITS}`):",
+        energy_table(lines),
+    ])  # fmt: skip
+
+
+def write_between(page: Path, name: str, text: str) -> None:
+    """Put text between the marks ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of a page.
+
+    Raises:
+        SystemExit: If the page has no such marks.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{page} has no marks {begin} and {end}: put them where the tables of {name} belong")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--data", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--data", type=Path, help="text to measure on")
     parser.add_argument("--calibration", type=Path, help="text for what is calibrated; never the one that is measured on")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--count-windows", type=int, default=2)
     parser.add_argument("--steps", default="4,5,6,8", help="T of the recipes that are measured over T")
-    parser.add_argument("--only", help="rows whose label begins so; several with ;")
+    parser.add_argument("--only", help="rows of these labels; several with ;")
+    parser.add_argument("--compiled", action="append", default=[], metavar="LABEL=DIR", help="a compiled folder as one more row")
     parser.add_argument("--output", type=Path, default=Path("recipes.jsonl"))
-    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--stored", action="store_true", help="measure nothing: the lines that --output has")
+    parser.add_argument("--markdown", action="store_true", help="print the tables")
+    parser.add_argument("--page", type=Path, help="put the tables of all lines of --output between this page's marks of the model")
     args = parser.parse_args()
+    if args.data is None and not args.stored:
+        parser.error("give the text to measure on, --data FILE, or --stored for the lines that there are")
+    return args
+
+
+def main() -> None:
+    args = _arguments()
     torch.set_num_threads(1)
     done = {d["key"]: d for d in map(json.loads, args.output.read_text().splitlines())} if args.output.exists() else {}
-    wanted = [r for r in rows([int(t) for t in args.steps.split(",")]) if not args.only or any(r.label == o for o in args.only.split(";"))]
-    if any(r.key not in done for r in wanted):
-        network, tokenizer = capture(args.model), load_tokenizer(args.model)
-        analog = run_pipeline(network, [find_pass("canonicalize")()])
-        tokens = tokens_from(args.data, tokenizer, args.window, args.window * args.windows)
-        counted = Tokens(tokens.windows[: args.count_windows], tokens.description, hashlib.sha256(b"").hexdigest())
-        calibration = None
-        if args.calibration:
-            calibration = calibration_from(tokens_from(args.calibration, tokenizer, args.window, 4096))
-        original = losses(analog, tokens)
-        print(f"original: {math.exp(float(original.mean())):.4f} on {tokens.description}", flush=True)
-        for row in wanted:
-            if row.key in done:
-                continue
-            settings = Settings(options={**row.options, "steps": row.steps})
-            chosen = find_recipe(row.recipe)
-            for name in row.without:
-                chosen = chosen.without(name)
-            made = compile_model(
-                analog, recipe=chosen.without("canonicalize"), settings=settings, calibration=calibration, tokenizer=tokenizer
-            )  # fmt: skip
-            done[row.key] = measure(row, made.program, made.analog, tokens, counted, original)
-            with args.output.open("a") as lines:
-                lines.write(json.dumps(done[row.key]) + "\n")
-            print(table([done[row.key]]).splitlines()[-1], flush=True)
+    chosen = args.only.split(";") if args.only else None
+    wanted = [r for r in rows([int(t) for t in args.steps.split(",")]) if chosen is None or r.label in chosen]
+    if not args.stored:
+        _measure_missing(args, wanted, done)
+    order = [*(r.key for r in rows(sorted({*(int(t) for t in args.steps.split(",")), *(d["steps"] for d in done.values())}))), *done]
+    found = [done[key] for key in dict.fromkeys(order) if key in done]
     if args.markdown:
-        print(table([done[r.key] for r in wanted if r.key in done]))
+        print(table([d for d in found if chosen is None or d["label"] in chosen]))
+    if args.page:
+        write_between(args.page, Path(args.model).name, section(found))
+
+
+def _measure_missing(args: argparse.Namespace, wanted: Sequence[Row], done: dict[str, dict[str, Any]]) -> None:
+    """Measure the rows that have no line, and append theirs."""
+    compiled = []
+    for text in args.compiled:
+        label, found, folder = text.partition("=")
+        if not found:
+            raise SystemExit(f"--compiled takes LABEL=DIR, got {text!r}")
+        about = artifact.read_manifest(folder)
+        compiled.append((Row(label, str(about.get("recipe", {}).get("name", "")), int(about["steps"])), folder))
+    missing = [r for r in wanted if r.key not in done]
+    if not missing and all(r.key in done for r, _ in compiled):
+        return
+    network, tokenizer = capture(args.model), load_tokenizer(args.model)
+    analog = run_pipeline(network, [find_pass("canonicalize")()])
+    tokens = tokens_from(args.data, tokenizer, args.window, args.window * args.windows)
+    counted = Tokens(tokens.windows[: args.count_windows], tokens.description, hashlib.sha256(b"").hexdigest())
+    calibration = calibration_from(tokens_from(args.calibration, tokenizer, args.window, 4096)) if args.calibration else None
+    original = losses(analog, tokens)
+    print(f"original: {math.exp(float(original.mean())):.4f} on {tokens.description}", flush=True)
+
+    def keep(row: Row, program: Program, canonical: Program) -> None:
+        done[row.key] = measure(row, program, canonical, tokens, counted, original)
+        with args.output.open("a") as lines:
+            lines.write(json.dumps(done[row.key]) + "\n")
+        print(table([done[row.key]]).splitlines()[-1], flush=True)
+
+    for row in missing:
+        recipe = find_recipe(row.recipe).without("canonicalize")
+        for name in row.without:
+            recipe = recipe.without(name)
+        settings = Settings(options={**row.options, "steps": row.steps})
+        made = compile_model(analog, recipe=recipe, settings=settings, calibration=calibration, tokenizer=tokenizer)
+        keep(row, made.program, made.analog)
+    for row, folder in compiled:
+        if row.key not in done:
+            keep(row, artifact.load(folder), artifact.load_analog(folder) or analog)
 
 
 if __name__ == "__main__":
