@@ -44,14 +44,20 @@ from ntc.ops.traffic import fired
 from ntc.spike_type import Analog, NodeType, SpikeType
 
 __all__ = [
-    "DIGIT_NEURON", "LARGEST_BASE", "MOST_DIGITS", "check_base", "digit_neuron", "digit_thresholds", "digit_weights", "membrane", "spread",
+    "DIGIT_NEURON", "LARGEST_BASE", "MOST_DIGITS", "check_base", "digit_neuron", "digit_thresholds", "digit_weights", "membrane",
+    "most_digits", "spread",
 ]  # fmt: skip
 
 LARGEST_BASE = 3.0
 """With larger bases there are numbers that no digits of -1, 0 and 1 come near to."""
 
-MOST_DIGITS = 16
-"""Time steps: all numbers that they tell differ in float32, in any base up to 2; base 3 has fewer (``check_base``)."""
+MOST_DIGITS = 24
+"""Time steps: all numbers that they tell differ in float32, in any base up to 2; larger ones have fewer (``most_digits``)."""
+
+
+def most_digits(base: float) -> int:
+    """Most time steps of a base: ``b^T <= 2^24``."""
+    return min(MOST_DIGITS, int(24 * math.log(2) / math.log(base)))
 
 
 def check_base(base: float, steps: int) -> None:
@@ -62,7 +68,7 @@ def check_base(base: float, steps: int) -> None:
     """
     if isinstance(base, bool) or not isinstance(base, int | float) or not 1.0 < base <= LARGEST_BASE:
         raise ValueError(f"a base of ternary digits is larger than 1 and at most {LARGEST_BASE:g}, got {base!r}")
-    most = min(MOST_DIGITS, int(24 * math.log(2) / math.log(base)))
+    most = most_digits(base)
     if not 1 <= steps <= most:
         raise ValueError(f"digits of base {base:g} have 1 to {most} time steps, got {steps}")
 

@@ -1,23 +1,28 @@
-r"""Time steps per site, chosen by what each site's error does, under a budget of events per value.
+r"""Steps per site, chosen by what each site's error does to the network's answer, under a budget of events or of perplexity.
 
-A site is the train of one population of digit neurons and the linear layers that read it (``encode-linears`` with ``code = digits``). With
-T steps it has
+A site is a population of digit neurons whose train linear layers read, or attention as its queries, keys or values. It tells
+``|x| <= N d`` in steps of d. With the Fisher information F_s of its n_s values (``ntc_passes.sensitivity``) a step that is k times as wide
+costs about ``k^2 F_s / 24`` nats per token, and a digit of each value, ``1 / log2(b)`` of them for every factor of 2, is saved: the least
+loss for a number of events has the same loss per value at all sites (reverse water-filling, Cover and Thomas, Elements of Information
+Theory, 10.3.3):
 
-    e_s(T) = sum over its layers W of mean over tokens of |W (x - x_T)|^2 / |W x|^2        x_T = what T digits tell of x
-    n_s(T) = mean spikes per value of x_T                                                  both on calibration text
+    d_s <- k_s d_s,   k_s = g sqrt(n_s / F_s)
+    T_s  = the fewest with (N(T_s) + 1/2) k_s >= R_s,   R_s = N, or the largest |x| / d of the text if d is known and that is more
 
-and T_s is chosen to minimise ``sum_s e_s(T_s) + mu c_s n_s(T_s)``, c_s the number of its values; mu >= 0 is the smallest for which the
-mean of ``n_s`` over values is within the budget (bisection). The relative error of a layer's output is a stand-in for its effect on the
-network: it knows weights and values of the site, and nothing of the layers behind. It is taken token by token, because a few tokens with
-activations a thousand times those of the others (attention sinks) would make every error look small.
+The range stays, or grows to what the text has. g is the widest for which the predicted loss is within ``change``, or the narrowest for
+which the spikes are within ``events`` (bisection):
 
-Ranges stay as they are, so fewer digits are wider steps: ``d = range / N(T)``. What is measured per token keeps its range, what is known in
-advance is folded into the weights anew. Sites with two ranges keep their steps.
+    predicted change = exp(1/2 sum_s F_s k_s^2 mean(e^2)) - 1,    e = x / (k d) - n,  on sample tokens
+
+Errors are taken for independent and small; what the program has in the end is what ``ntc evaluate`` measures. Where steps are known they
+are folded into the weights anew, where they are measured per token their factor changes. Queries, keys and values of one attention have T
+in common, the largest of the three. Numerators of softmax and sites with two ranges keep their steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +32,13 @@ from torch.fx import Node
 
 from ntc.errors import PassError
 from ntc.meta import building
-from ntc.ops.digit_neuron import digit_neuron, digit_thresholds, digit_weights
+from ntc.ops.digit_neuron import MOST_DIGITS, digit_neuron, digit_thresholds, most_digits, spread
 from ntc.ops.spike_linear import weighted
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
 from ntc_passes.digits import Digits, check_steps, sampled
+from ntc_passes.new_weights import NewWeights
+from ntc_passes.sensitivity import sensitivities
 
 __all__ = ["MixedSteps"]
 
@@ -43,40 +50,78 @@ class Options:
     """Options of ``mixed-steps``.
 
     Attributes:
-        events: Budget: mean spikes per coded value at the input of linear layers.
-        fewest: Least time steps of a site.
-        most: Most of them.
-        rows: Most tokens of the calibration text that are looked at.
+        events: Budget: mean spikes per value of the sites; 0 = none.
+        change: Budget: predicted relative change of perplexity, such as 0.01; 0 = none. One of the two is given.
+        most: Most time steps of a site; one that would need more for its range has wider steps than its share.
+        tokens: Calibration tokens on which sensitivities are measured.
+        rows: Most of them whose spikes are counted to keep the budget.
     """
 
-    events: float = 1.5
-    fewest: int = 2
-    most: int = 8
-    rows: int = 128
+    events: float = 1.2
+    change: float = 0.0
+    most: int = MOST_DIGITS
+    tokens: int = 2048
+    rows: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("fewest", "most", "rows"):
+        for name in ("most", "tokens", "rows"):
             check_steps(name, getattr(self, name))
-        if self.fewest > self.most:
-            raise ValueError(f"fewest must not be above most, got {self.fewest} and {self.most}")
-        if isinstance(self.events, bool) or not isinstance(self.events, int | float) or not 0 < self.events < float("inf"):
-            raise ValueError(f"events must be a positive number, got {self.events!r}")
+        for name in ("events", "change"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        if (self.events > 0) == (self.change > 0):
+            raise ValueError(f"one budget is given, events or change, and the other is 0, got {self.events:g} and {self.change:g}")
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A population and what its number of steps may be: systems, and error and spikes per value of each."""
+    """A population.
+
+    Attributes:
+        node: Its neurons.
+        readers: Linear layers, or one attention.
+        base: b of its digits.
+        price: lambda of its digits.
+        fisher: F.
+        reach: R, in its present steps.
+        sample: ``x / d``, ``[rows, C]``.
+    """
 
     node: Node
-    layers: tuple[Node, ...]
-    systems: tuple[Digits, ...]
-    errors: tuple[float, ...]
-    events: tuple[float, ...]
-    values: int
+    readers: tuple[Node, ...]
+    base: float
+    price: float
+    fisher: float
+    reach: float
+    sample: Tensor
+
+    @property
+    def values(self) -> int:
+        return int(self.sample.shape[-1])
+
+    def wider(self, g: float, most: int) -> float:
+        """The k of a g; at least what so many steps can reach with, at most what leaves nothing to tell."""
+        finest = self.reach / (Digits(self.base, most).most + 0.5)
+        return min(max(g * math.sqrt(self.values / max(self.fisher, 1e-30)), finest), 4 * self.reach)
+
+    def system(self, k: float, most: int) -> Digits:
+        """Digits that reach as far with steps k times as wide."""
+        steps = next((t for t in range(1, most) if Digits(self.base, t).most + 0.5 >= self.reach / k), most)
+        return Digits(self.base, steps, self.price)
+
+    def fires(self, k: float, most: int) -> tuple[float, float]:
+        """Spikes per value, and the predicted loss in nats per token."""
+        system = self.system(k, most)
+        w, theta = torch.tensor(system.weights), torch.tensor(digit_thresholds(system.weights, self.price))
+        n = self.sample / k
+        spikes = digit_neuron(n, torch.ones(1), w, theta)
+        off = float((weighted(spikes, w) - n).square().mean(dtype=torch.float64))
+        return float(spikes.count_nonzero()) / n.numel(), self.fisher * k * k * off / 2
 
 
 class MixedSteps(Pass):
-    """Choose the time steps of each population of digits."""
+    """Choose the step, and with it the time steps, of each population of digits."""
 
     name = "mixed-steps"
     requires = frozenset({"spiking"})
@@ -87,124 +132,121 @@ class MixedSteps(Pass):
         """Measure all sites on the program as it is, then choose and write."""
         options: Options = self.options
         found = [n for n in program.graph.find_nodes(op="call_function", target=_OPS.digit_neuron.default) if _readers(n)]
+        if not found:
+            return PassResult(False, 0)
         wanted = {n.args[0]: options.rows for n in found if isinstance(n.args[0], Node)}
         samples = sampled(program, wanted, context, self.name, "no mixed steps")
-        sites = []
-        for number, node in enumerate(found):
-            context.progress("measure steps", number, len(found))
-            assert isinstance(node.args[0], Node)
-            sites.append(_measured(program, node, samples[node.args[0]], options))
-        if not sites:
-            return PassResult(False, 0)
-        chosen = _within(sites, options.events)
-        for site, index in zip(sites, chosen, strict=True):
-            _write(program, site, site.systems[index])
+        assert context.calibration is not None  # sampled has refused it
+        known = sensitivities(program, found, context.calibration, options.tokens, context.progress)
+        sites = [_site(program, n, samples[n.args[0]], known[n].fisher, known[n].largest) for n in found]
+        most = min(options.most, *(most_digits(s.base) for s in sites))
+        g = _widest(sites, options, most, context.progress)
+        chosen = {s.node: (s.wider(g, most), s.system(s.wider(g, most), most)) for s in sites}
+        for trains in {tuple(s.readers[0].args[:3]) for s in sites if s.readers[0].target is _OPS.coded_attention.default}:
+            together = max((chosen[t][1] for t in trains), key=lambda d: d.steps)  # type: ignore[index]
+            chosen.update({t: (chosen[t][0], together) for t in trains})  # type: ignore[index, misc]
+        weights = NewWeights(program, self.name)
+        for number, site in enumerate(sites):
+            context.progress(self.name, number, len(sites))
+            _write(program, site, *chosen[site.node], weights)
         program.graph.eliminate_dead_code()
-        values = sum(s.values for s in sites)
-        steps = {s.node.name: s.systems[i].steps for s, i in zip(sites, chosen, strict=True)}
-        macs = [sum(int(layer.meta["val"].shape[-1]) for layer in s.layers) * s.values for s in sites]
-        notes: dict[str, Any] = {
-            "steps": steps, "events_per_value": sum(s.events[i] * s.values for s, i in zip(sites, chosen, strict=True)) / values,
-            "mean_steps": sum(m * s.systems[i].steps for m, s, i in zip(macs, sites, chosen, strict=True)) / sum(macs),
-        }  # fmt: skip
-        return PassResult(True, len(sites), notes=notes)
+        return PassResult(True, len(sites), notes=_notes(sites, chosen, g, most, weights))
 
 
 def _readers(node: Node) -> tuple[Node, ...]:
-    """The linear layers that read a train, if nothing else does and its neurons hear all values."""
-    layers = tuple(u for u in node.users if u.target is _OPS.spike_linear.default)
-    return layers if len(layers) == len(node.users) and len(node.args) <= 5 else ()
+    """The linear layers that read a train, or the attention, if nothing else does and its neurons hear all values."""
+    users = tuple(node.users)
+    if len(node.args) > 5 or not users:
+        return ()
+    if all(u.target is _OPS.spike_linear.default for u in users):
+        return users
+    if len(users) == 1 and users[0].target is _OPS.coded_attention.default:
+        trains = users[0].args[:3]
+        alone = all(isinstance(t, Node) and t.target is _OPS.digit_neuron.default and len(t.users) == 1 for t in trains)
+        return users if alone and len(set(trains)) == 3 else ()
+    return ()
 
 
-def _measured(program: Program, node: Node, x: Tensor, options: Options) -> _Site:
-    w, theta = (program.tensor(a).detach() for a in node.args[2:4])  # type: ignore[arg-type]
+def _per_token(node: Node) -> bool:
+    return len(node.args) > 4 and bool(node.args[4])
+
+
+def _site(program: Program, node: Node, x: Tensor, fisher: float, largest: float) -> _Site:
+    step, *tables = node.args[1:4]
+    assert isinstance(step, Node)
+    w, theta = (program.tensor(a).detach() for a in tables)  # type: ignore[arg-type]
+    d = _OPS.token_step.default(x, *step.args[1:]) if _per_token(node) else program.tensor(step).detach()
     base = float(w[0] / w[1]) if len(w) > 1 else 3.0
     price = max(0.0, float(2 * theta[-1] - 1.0))  # of the last digit theta = 1/2 + price / 2
-    layers, most = _readers(node), float(w.sum())
-    per_token = len(node.args) > 4 and bool(node.args[4])
-    step = node.args[1]
-    assert isinstance(step, Node)
-    if per_token:
-        top = x.abs().amax(-1, keepdim=True) * (float(step.args[1]) * most)  # type: ignore[arg-type]
-        top = top.clamp(min=1e-20)
-    else:
-        top = program.tensor(step).detach() * most
-    matrices = []
-    for layer in layers:
-        matrix = program.tensor(layer.args[2]).detach()  # type: ignore[arg-type]
-        matrices.append(matrix if per_token else matrix / program.tensor(step).detach())
-    full = [x @ m.T for m in matrices]
-    powers = [y.square().sum(-1).clamp(min=1e-20) for y in full]
-    systems, errors, events = [], [], []
-    for steps in range(options.fewest, options.most + 1):
-        system = Digits(base, steps, price)
-        v = torch.tensor(digit_weights(base, steps))
-        spikes = digit_neuron(x, top / system.most, v, torch.tensor(digit_thresholds(v.tolist(), price)), per_token)
-        off = x - weighted(spikes, v) * (top / system.most)
-        errors.append(sum(float(((off @ m.T).square().sum(-1) / p).double().mean()) for m, p in zip(matrices, powers, strict=True)))
-        events.append(float(spikes.abs().sum(dtype=torch.float64)) / x.numel())
-        systems.append(system)
-    return _Site(node, layers, tuple(systems), tuple(errors), tuple(events), int(x.shape[-1]))
+    reach = float(w.sum()) if _per_token(node) else max(float(w.sum()), largest)
+    return _Site(node, _readers(node), base, price, fisher, reach, x / spread(d, x))
 
 
-def _chosen(sites: Sequence[_Site], mu: float) -> list[int]:
-    """The best choice of each site at a price of mu for a spike."""
-    return [min(range(len(s.systems)), key=lambda i, s=s: s.errors[i] + mu * s.values * s.events[i]) for s in sites]  # type: ignore[misc]
+def _totals(sites: Sequence[_Site], g: float, most: int) -> tuple[float, float]:
+    """Spikes per value of all sites, and the predicted change of perplexity."""
+    fired = [s.fires(s.wider(g, most), most) for s in sites]
+    values = sum(s.values for s in sites)
+    events = sum(e * s.values for (e, _), s in zip(fired, sites, strict=True)) / values
+    return events, math.expm1(min(sum(loss for _, loss in fired), 100.0))
 
 
-def _mean(sites: Sequence[_Site], chosen: Sequence[int]) -> float:
-    return sum(s.events[i] * s.values for s, i in zip(sites, chosen, strict=True)) / sum(s.values for s in sites)
-
-
-def _within(sites: Sequence[_Site], budget: float) -> list[int]:
-    """The choice with the least error within the budget, by bisection of mu on a logarithmic scale.
+def _widest(sites: Sequence[_Site], options: Options, most: int, progress: Callable[..., None]) -> float:
+    """g, by bisection of its logarithm.
 
     Raises:
-        PassError: If the budget is below what the fewest steps fire.
+        PassError: If no g keeps the budget of perplexity: the finest steps that ``most`` allows lose more than it.
     """
-    fewest = _mean(sites, [min(range(len(s.systems)), key=s.events.__getitem__) for s in sites])
-    if fewest > budget:
+    low, high, rounds = -40.0, 20.0, 24
+    if options.change and (least := _totals(sites, 2.0**low, most)[1]) > options.change:
         raise PassError(
-            f"mixed-steps has a budget of {budget:g} events per value, and the fewest steps fire {fewest:.3f}: raise events or lower fewest"
+            f"mixed-steps has a budget of {100 * options.change:g} % and is predicted to lose {100 * least:.2f} % with the finest steps: "
+            "raise change or most"
         )
-    if _mean(sites, _chosen(sites, 0.0)) <= budget:
-        return _chosen(sites, 0.0)
-    low, high = -60.0, 30.0
-    for _ in range(60):
+    for number in range(rounds):
+        progress("choose steps", number, rounds)
         middle = (low + high) / 2
-        if _mean(sites, _chosen(sites, 2.0**middle)) <= budget:
-            high = middle
-        else:
-            low = middle
-    return _chosen(sites, 2.0**high)
+        events, change = _totals(sites, 2.0**middle, most)
+        wider = change <= options.change if options.change else events > options.events
+        low, high = (middle, high) if wider else (low, middle)
+    return math.exp2(low if options.change else high)
 
 
-def _write(program: Program, site: _Site, system: Digits) -> None:
-    """The same site with another number system: tables, the step, and the weights that a known step is in."""
-    node, step = site.node, site.node.args[1]
-    old = program.tensor(node.args[2]).detach()  # type: ignore[arg-type]
-    if [*old.tolist()] == system.weights:
-        return
-    w, theta = system.tables(program)
+def _write(program: Program, site: _Site, k: float, system: Digits, weights: NewWeights) -> None:
+    """The same site with steps k times as wide: tables, the step, and the weights that a known step is in."""
+    node, step, per_token = site.node, site.node.args[1], _per_token(site.node)
     assert isinstance(step, Node)
-    factor = float(old.sum()) / system.most
-    per_token = len(node.args) > 4 and bool(node.args[4])
+    w, theta = system.tables(program)
     with building(program.graph, before=node, stands_for=[node], by=MixedSteps.name) as call:
-        new_w, new_theta = call(w), call(theta)
+        node.update_arg(2, call(w))
+        node.update_arg(3, call(theta))
         if per_token:
-            others = [u for u in step.users if u is not node and u not in site.layers]
+            others = [u for u in step.users if u is not node and u not in site.readers]
             assert not others, "a step belongs to one population"
-            step.args = (step.args[0], float(step.args[1]) * factor, *step.args[2:])  # type: ignore[arg-type]
+            step.args = (step.args[0], float(step.args[1]) * k, *step.args[2:])  # type: ignore[arg-type]
         else:
-            name = program.add_tensor(f"{node.name}.step", program.tensor(step).detach() * factor)
-            node.update_arg(1, call(name))
-    node.update_arg(2, new_w)
-    node.update_arg(3, new_theta)
-    for layer in site.layers:
-        layer.update_arg(1, new_w)
-        if not per_token:
-            matrix = layer.args[2]
-            assert isinstance(matrix, Node)
-            with building(program.graph, before=layer, stands_for=[layer], by=MixedSteps.name) as call:
-                name = program.add_tensor(f"{layer.name}.weight_of_steps", program.tensor(matrix).detach() * factor)
-                layer.update_arg(2, call(name))
+            step = call(program.add_tensor(f"{node.name}.step", program.tensor(step).detach() * k))
+            node.update_arg(1, step)
+    for reader in site.readers:
+        with building(program.graph, before=reader, stands_for=[reader], by=MixedSteps.name) as call:
+            if reader.target is _OPS.coded_attention.default:
+                reader.update_arg(6, call(w))
+                reader.update_arg(3 + reader.args.index(node), step)
+                continue
+            reader.update_arg(1, call(w))
+            if not per_token:
+                matrix = reader.args[2]
+                assert isinstance(matrix, Node)
+                reader.update_arg(2, call(weights.of(matrix, ("wider", k), lambda m: m * k, reader)))
+
+
+def _notes(sites: Sequence[_Site], chosen: dict[Node, tuple[float, Digits]], g: float, most: int, weights: NewWeights) -> dict[str, Any]:
+    events, change = _totals(sites, g, most)
+    linear = [s for s in sites if s.readers[0].target is _OPS.spike_linear.default]
+    macs = {s.node: s.values * sum(int(r.meta["val"].shape[-1]) for r in s.readers) for s in linear}
+    notes: dict[str, Any] = {
+        "steps": {s.node.name: chosen[s.node][1].steps for s in sites}, "events_per_value": events, "predicted_change": change,
+        "mean_steps": sum(m * chosen[n][1].steps for n, m in macs.items()) / max(sum(macs.values()), 1),
+    }  # fmt: skip
+    if untied := weights.untied():
+        notes["untied"] = untied
+    return notes

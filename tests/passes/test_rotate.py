@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ntc.errors import ConfigError, PassError
 from ntc.ops.hadamard import hadamard, hadamard_core, hadamard_matrix
-from ntc.pipeline import Context, run_pipeline
+from ntc.pipeline import Calibration, Context, run_pipeline
 from ntc.program import Program, interpret
 from ntc.quality import evaluate
 from ntc.testing import check_pass, count_ops, example_ids
@@ -22,6 +22,7 @@ from ntc.text import Tokens
 from ntc_passes.fold_norms import FoldNorms
 from ntc_passes.residual import residual_stream
 from ntc_passes.rotate import Rotate
+from ntc_passes.rotate.principal import HeadRotation
 from ntc_passes.rotate.rotations import hadamard_factors, kronecker, rotation
 
 
@@ -74,6 +75,46 @@ def test_products_with_small_matrices_are_the_transform(size: int) -> None:
     assert all(1 < len(f) <= max(64, len(core)) for f in factors)
     x = torch.randn(2, 2 * size, dtype=torch.float64)
     assert torch.allclose(kronecker(x, factors), hadamard(x, core, doublings), rtol=0, atol=1e-11)
+
+
+TEXT = Context(Calibration((example_ids(batch=4, length=16, seed=2),), "some", ""))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "smollm3"])
+def test_principal_axes_are_exact_and_uncorrelated(name: str) -> None:
+    """The same logits; norms of the stream have, taken together, no correlation, and powers that fall; so has each head's result."""
+    before = folded(name)
+    after = check_pass(Rotate.configure({"kind": "principal"}), before, context=TEXT)
+    layers = count_ops(before)["ntc.attention"]
+    assert after.history[-1].notes == {"stream": "principal, 64 tokens", "values": layers, "online": {}}
+    stream, ids = residual_stream(after), TEXT.calibration.batches[0]
+    norms = {reader for reader, _ in stream.readers if reader.target is torch.ops.aten.rms_norm.default}
+    assert norms
+    found, covariances = [], []
+
+    def visit(node, args, value) -> None:
+        if node in norms:
+            found.append(value.flatten(0, -2).double())
+        if node.target is torch.ops.ntc.attention.default:
+            heads, kv_heads = args[3:5]
+            y = value.double().reshape(-1, kv_heads, heads // kv_heads, value.shape[-1] // heads)
+            covariances.extend(torch.einsum("nghd,nghe->gde", y, y))
+
+    with torch.no_grad():
+        interpret(after, ids, visit)
+    covariances.append(torch.cat(found).T @ torch.cat(found))
+    for c in covariances:
+        powers = c.diagonal()
+        assert (c - powers.diag()).abs().max() < 1e-5 * powers.max()
+        assert (powers.diff() <= 1e-5 * powers.max()).all() and powers[0] > 2 * powers[-1]
+
+
+def test_rotations_of_heads_are_block_by_block() -> None:
+    q = torch.linalg.qr(torch.randn(2, 6, 6, dtype=torch.float64))[0]
+    turn, dense = HeadRotation(q, "any"), torch.block_diag(q[0], q[0], q[1], q[1])
+    x, w = torch.randn(5, 24), torch.randn(12, 7)
+    assert torch.allclose(turn(x), x.double() @ dense, rtol=0, atol=1e-13)
+    assert torch.allclose(turn.from_left(w), torch.block_diag(q[0], q[1]).T @ w.double(), rtol=0, atol=1e-13)
 
 
 def test_the_stream_is_the_old_one_times_the_rotation() -> None:
@@ -182,6 +223,8 @@ def test_refusals_name_the_node_and_the_remedy() -> None:
         run_pipeline(canonical(), [FoldNorms(FoldNorms.Options(centre=False)), Rotate()])
     with pytest.raises(PassError, match=r"linear layers write, and node %layers_0_post_attention_layernorm .*has no form in another basis"):
         run_pipeline(folded("olmo2"), [Rotate()])
+    with pytest.raises(PassError, match=r"principal axes on calibration text: .* or choose kind = hadamard"):
+        run_pipeline(folded("llama"), [Rotate.configure({"kind": "principal"})])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +244,7 @@ def test_streams_that_are_read_otherwise(body, reason: str) -> None:
 
 def test_options() -> None:
     for options, sentence in (
-        ({"kind": "random"}, "kind must be 'hadamard' or 'orthogonal', got 'random'"),
+        ({"kind": "random"}, "kind must be 'hadamard', 'orthogonal' or 'principal', got 'random'"),
         ({"online": True}, "online must be 'none', 'ffn' or 'all', got True"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"values": "yes"}, "values must be true or false, got 'yes'"),

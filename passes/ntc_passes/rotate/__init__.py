@@ -10,7 +10,8 @@ After, the same graph with other weights, Q orthogonal ``[C, C]``::
 
 Exact: the stream is ``x Q`` everywhere, ``rms_norm(x Q) = rms_norm(x) Q`` because Q keeps lengths, and ``(n Q)(W Q)^T = n W^T``.
 Embeddings, the head, output projections of attention and FFN are included. In ``x Q`` an outlier channel is spread over all channels,
-so a code of few levels per value loses little (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406).
+so a code of few levels per value loses little (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406). ``kind = principal`` is for a code
+of few events per value, and does the opposite: see ``ntc_passes.rotate.principal``.
 
 ``values`` rotates the values within each head by R ``[D, D]``: ``R^T`` from the left to each head's rows of the value projection, R from
 the right to its columns of the output projection. Attention mixes tokens and not channels: this is exact, too, and costs nothing.
@@ -41,6 +42,7 @@ from ntc.program import Program
 from ntc_passes.new_weights import NewWeights, constant_weights
 from ntc_passes.replace_attention import check_switch
 from ntc_passes.residual import Stream, is_norm_of_stream, residual_stream
+from ntc_passes.rotate.principal import HeadRotation, principal_axes
 from ntc_passes.rotate.rotations import Rotation, hadamard_factors, kronecker, rotation
 
 __all__ = ["Rotate"]
@@ -51,21 +53,22 @@ class Options:
     """Options of ``rotate``.
 
     Attributes:
-        kind: ``hadamard`` (with random signs; where no Hadamard matrix of a width is known, orthogonal) or ``orthogonal`` (at random).
+        kind: ``hadamard`` (with random signs; where no Hadamard matrix of a width is known, orthogonal) or ``orthogonal`` (at random), both
+            of which make channels alike; ``principal``, the axes of calibration text, makes them as different as they get.
         values: Whether to rotate the values of attention within each head.
         online: Where Hadamard transforms are computed while the network runs: ``none``, ``ffn`` or ``all``.
         seed: Of the rotations.
     """
 
-    kind: Literal["hadamard", "orthogonal"] = "hadamard"
+    kind: Literal["hadamard", "orthogonal", "principal"] = "hadamard"
     values: bool = True
     online: Literal["none", "ffn", "all"] = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_switch("values", self.values)
-        if self.kind not in ("hadamard", "orthogonal"):
-            raise ValueError(f"kind must be 'hadamard' or 'orthogonal', got {self.kind!r}")
+        if self.kind not in ("hadamard", "orthogonal", "principal"):
+            raise ValueError(f"kind must be 'hadamard', 'orthogonal' or 'principal', got {self.kind!r}")
         if self.online not in ("none", "ffn", "all"):
             raise ValueError(f"online must be 'none', 'ffn' or 'all', got {self.online!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
@@ -82,8 +85,8 @@ class _Change:
         online: Core and doublings of the Hadamard transform in front of it: ``W <- W H / n``.
     """
 
-    inputs: list[Rotation] = field(default_factory=list)
-    outputs: list[Rotation] = field(default_factory=list)
+    inputs: list[Rotation | HeadRotation] = field(default_factory=list)
+    outputs: list[Rotation | HeadRotation] = field(default_factory=list)
     online: tuple[Tensor, int] | None = None
 
     @property
@@ -131,25 +134,27 @@ class Rotate(Pass):
             raise PassError(f"rotate finds no residual stream in {program.info.source}: no embedding and no norm of a [B, L, C] value")
         _check(stream)
         changes: dict[Node, _Change] = {}
-        turn = rotation(stream.width, options.kind, options.seed)
+        missed, turnable = list[tuple[str, str]](), list[Node]()
+        for attention in _attentions(program) if options.values else ():
+            if reason := _values_not_linear(attention):
+                missed.append((attention.name, reason))
+            else:
+                turnable.append(attention)
+        axes = principal_axes(program, stream, turnable, context) if options.kind == "principal" else None
+        turn = axes.stream if axes else rotation(stream.width, options.kind, options.seed)
         for layer in _readers(stream):
             changes.setdefault(layer, _Change()).inputs.append(turn)
         tables = [n for n in stream.writers if n.target is aten.embedding.default]
         for layer in (n for n in stream.writers if n.target is aten.linear.default):
             changes.setdefault(layer, _Change()).outputs.append(turn)
-        missed, values = list[tuple[str, str]](), 0
-        for attention in _attentions(program) if options.values else ():
-            if reason := _values_not_linear(attention):
-                missed.append((attention.name, reason))
-                continue
-            _rotate_values(attention, changes, options)
-            values += 1
+        for attention in turnable:
+            _rotate_values(attention, changes, axes.values[attention] if axes else _of_a_head(attention, options))
         online = _put_online(stream, changes, options.online)
         made = _make(program, changes, tables, turn)
-        notes: dict[str, Any] = {"stream": turn.kind, "values": values, "online": online}
+        notes: dict[str, Any] = {"stream": turn.kind, "values": len(turnable), "online": online}
         if untied := made.untied():
             notes["untied"] = untied
-        return PassResult(True, 1 + values + len(online), tuple(missed), notes=notes)
+        return PassResult(True, 1 + len(turnable) + len(online), tuple(missed), notes=notes)
 
 
 def _check(stream: Stream) -> None:
@@ -214,10 +219,16 @@ def _values_not_linear(attention: Node) -> str:
     return next((reason for layer in (value, *attention.users) if (reason := constant_weights(layer))), "")
 
 
-def _rotate_values(attention: Node, changes: dict[Node, _Change], options: Options) -> None:
+def _of_a_head(attention: Node, options: Options) -> Rotation:
+    """One rotation for all heads."""
     value, kv_heads = attention.args[2], attention.args[4]
     assert isinstance(value, Node) and isinstance(kv_heads, int)
-    turn = rotation(int(value.meta["val"].shape[-1]) // kv_heads, options.kind, options.seed)
+    return rotation(int(value.meta["val"].shape[-1]) // kv_heads, options.kind, options.seed)
+
+
+def _rotate_values(attention: Node, changes: dict[Node, _Change], turn: Rotation | HeadRotation) -> None:
+    value = attention.args[2]
+    assert isinstance(value, Node)
     changes.setdefault(value, _Change()).outputs.append(turn)
     for layer in attention.users:
         changes.setdefault(layer, _Change()).inputs.append(turn)

@@ -1,0 +1,113 @@
+r"""How much the network's answer minds an error at a site: Fisher information of what digit neurons tell.
+
+A site is a population of digit neurons (``ntc.ops.digit_neuron``) that tells ``d n``, ``n = sum_t w(t) s(t)``, ``[B, L, C]``. An error e of
+n, independent of everything and small, moves the answer of the network by
+
+    E KL(p || p_e) = 1/2 sum_c E[gamma_c^2] E[e_c^2],      gamma = d log p(y | x) / d n,   y ~ p(. | x)
+
+nats per token: the diagonal of the Fisher information, with labels that the network draws itself (Amari 1998; with those of the text it
+would be the empirical one, Kunstner et al. 2019). All that is needed is a run backwards per window, on unlabelled text. Measured is
+``F = mean over tokens of sum_c gamma_c^2``, on the program as it is, straight through its neurons, and the largest ``|x| / d``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ntc.ops.digit_neuron import spread
+from ntc.pipeline import Calibration
+from ntc.program import Program, check_ids, interpret
+
+__all__ = ["Sensitivity", "sensitivities"]
+
+_WINDOW = 256
+"""Tokens that are run backwards at once: what a run keeps for the way back grows with them."""
+
+
+@dataclass
+class Sensitivity:
+    """What is known of a site.
+
+    Attributes:
+        fisher: F, nats per squared step, twice: the loss of an error e of every n is ``fisher E[e^2] / 2``.
+        largest: Largest ``|x| / d`` of the text.
+    """
+
+    fisher: float = 0.0
+    largest: float = 0.0
+
+
+def sensitivities(
+    program: Program, sites: Sequence[Node], calibration: Calibration, tokens: int, progress: Callable[..., None]
+) -> dict[Node, Sensitivity]:
+    """F and the largest number of every site, on the first ``tokens`` tokens of a text.
+
+    Args:
+        program: As it is; parameters get no gradients.
+        sites: ``ntc::digit_neuron`` nodes.
+        calibration: Text.
+        tokens: How many of it, at least one window.
+        progress: Called with a title, a number and how many there are.
+    """
+    found = {site: Sensitivity() for site in sites}
+    frozen = {name: tensor.detach() for name, tensor in program.tensors.items()}
+    windows = list(_windows(program, calibration, tokens))
+    seen = 0
+    draw = torch.Generator().manual_seed(0)
+    for number, ids in enumerate(windows):
+        progress("measure sensitivities", number, len(windows))
+
+        def visit(node: Node, args: tuple[Any, ...], value: Any) -> Tensor | None:
+            if node not in found:
+                return None
+            x, step, weights = args[:3]
+            site = found[node]
+            site.largest = max(site.largest, float((x.detach().abs() / spread(step.detach(), x)).max()))
+            train: Tensor = value if value.requires_grad else value.detach().requires_grad_()
+            last = float(weights[-1])
+
+            def take(grad: Tensor) -> None:  # gamma: what one more step of n does, and the last spike is worth w(T-1) of them
+                site.fisher += float((grad[-1] / last).square().sum(dtype=torch.float64))
+
+            train.register_hook(take)  # type: ignore[no-untyped-call]
+            return train
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
+            logits = interpret(program, ids, visit, tensors=frozen).flatten(0, 1)
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw).squeeze(1)
+            torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        seen += ids.numel()
+    for site in found.values():
+        site.fisher /= max(seen, 1)
+    return found
+
+
+def _windows(program: Program, calibration: Calibration, tokens: int) -> Iterator[Tensor]:
+    left = tokens
+    for batch in calibration.batches:
+        check_ids(batch, program.info)
+        for row in batch:
+            for part in row.split(_WINDOW):
+                if left <= 0:
+                    return
+                yield part.unsqueeze(0)
+                left -= part.numel()
+
+
+def _packed(saved: Tensor) -> Tensor | tuple[Tensor, torch.dtype]:
+    """Trains are kept for the way back in a byte per spike: they are most of what is kept."""
+    if saved.dim() > 3 and saved.is_floating_point():
+        small = saved.to(torch.int8)
+        if torch.equal(small.to(saved.dtype), saved):
+            return small, saved.dtype
+    return saved
+
+
+def _unpacked(kept: Tensor | tuple[Tensor, torch.dtype]) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept[0].to(kept[1])
