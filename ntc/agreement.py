@@ -23,9 +23,9 @@ from torch.fx import Node
 
 from ntc.errors import DisagreementError
 from ntc.executors import Execution, Executor
-from ntc.meta import NEURON, block_of, module_of, where
+from ntc.meta import block_of, module_of, where
 from ntc.program import Program
-from ntc.recording import Recorded, grade_of, populations
+from ntc.recording import Recorded, grade_of, populations, role_of
 from ntc.rounding import Limits, at_threshold, limits, margins
 from ntc.verdict import Current, Findings, First, Layer, Verdict, finite, judge, promised, worst_of
 
@@ -71,7 +71,7 @@ class Agreement:
         self.findings.logit_limit = self._limits.logits
         for layer in self.findings.compared:
             if layer.node in self._limits.membranes:
-                layer.resolution = finite(float(self._limits.membranes[layer.node].median()))
+                layer.resolution = finite(float(self._limits.membranes[layer.node].amax(0).median()))
 
     def _run(self, given: Recorded) -> bool:
         """The free run; whether anything differs."""
@@ -155,17 +155,18 @@ class Agreement:
         places = other.any(0).nonzero(as_tuple=True)
         apart = margins(node, arguments, found.spikes[layer.node], places)
         assert apart is not None
-        reach = self._limits.membranes[layer.node][places[-1]]
+        reach = self._limits.membranes[layer.node][:, places[-1]]
         worst = int((apart / reach).nan_to_num(nan=torch.inf).argmax())
-        layer.note(float(apart[worst]), float(reach[worst]))
-        if bool((apart == 0).any()):
+        layer.note(float(apart.flatten()[worst]), float(reach.flatten()[worst]))
+        exactly = (apart == 0).all(0)
+        if bool(exactly.any()):
             met = at_threshold(node, arguments, given.trains[layer.node])
             assert met is not None
             missed = torch.zeros_like(met)
-            missed[places] = apart == 0
+            missed[places] = exactly
             layer.strict |= int(met.sum()) >= _STRICT and bool((missed & met).equal(met))
         every: tuple[slice | Tensor, ...] = (slice(None), *places)
-        return int((other[every].sum(0) * (apart <= reach)).sum())
+        return int((other[every].sum(0) * (apart <= reach).all(0)).sum())
 
     def result(self) -> dict[str, Any]:
         """Verdict and figures as plain data (docs/json.md, ``ntc verify``)."""
@@ -207,8 +208,8 @@ def _to_json(found: Findings, verdict: Verdict, reason: str, executor: Executor 
 
 
 def _layer(node: Node, missing: str | None, other: str) -> Layer:
-    neuron, shape = node.meta.get(NEURON), node.meta["val"].shape
-    row = Layer(node.name, module_of(node), block_of(node), neuron.role if neuron else "", int(shape[-1]), int(shape[0]))
+    shape = node.meta["val"].shape
+    row = Layer(node.name, module_of(node), block_of(node), role_of(node), int(shape[-1]), int(shape[0]))
     row.by, row.reason = ("spikes", other) if missing is None else ("nothing", missing)
     return row
 

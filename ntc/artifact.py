@@ -112,7 +112,8 @@ def seal(folder: Path, **more: Any) -> dict[str, Any]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in files:  # safetensors makes files that only their owner can read
         path.chmod(0o666 & ~umask())
-    manifest["files"] = {str(p.relative_to(folder)): sha256_of(p) for p in files if p.name != MANIFEST}
+    # Only its own cannot be in it: the one of a folder inside (``baseline``) is a file as any other.
+    manifest["files"] = {str(p.relative_to(folder)): sha256_of(p) for p in files if p != folder / MANIFEST}
     _write_json(folder / MANIFEST, manifest)
     return manifest
 

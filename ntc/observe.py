@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from ntc.meta import NEURON, TYPE, block_of, module_of
+from ntc.meta import TYPE, block_of, module_of
 from ntc.ops import Counts, Operand, Traffic, spec_of
 from ntc.ops.events import spikes_per_neuron
 from ntc.ops.traffic import streamed
 from ntc.program import Program, interpret, op_name
+from ntc.recording import role_of
 from ntc.spike_type import ANALOG, CurrentType, Integer, NodeType, SpikeType
 
 __all__ = ["Activity", "NodeCounts", "PopulationActivity", "count_by_shape", "observe", "steps_of"]
@@ -33,7 +34,7 @@ class PopulationActivity:
         name: Node name.
         module: Module of the model.
         block: Transformer block.
-        role: ``q``, ``k``, ``v``, ``ssa``, ``ffn``.
+        role: ``q``, ``k``, ``v``, ``ssa``, ``ffn``, ``input``, or nothing (``ntc.recording.role_of``).
         steps: T.
         spikes: Spikes of each neuron over all tokens and steps, ``[C]``.
         tokens: Tokens that it saw.
@@ -155,11 +156,10 @@ class Activity:
         spec = spec_of(node)
         if spec is None or spec.element != "population":
             return
-        neuron = node.meta.get(NEURON)
         found = self.populations.setdefault(
             node.name,
             PopulationActivity(
-                node.name, module_of(node), block_of(node), neuron.role if neuron else "", kind.steps, torch.zeros_like(per_neuron)
+                node.name, module_of(node), block_of(node), role_of(node), kind.steps, torch.zeros_like(per_neuron)
             ),
         )
         found.spikes = found.spikes + per_neuron

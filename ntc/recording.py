@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ntc.meta import NEURON
 from ntc.ops import spec_of
 from ntc.program import Program, interpret
 
-__all__ = ["Grade", "Recorded", "grade_of", "populations", "record"]
+__all__ = ["Grade", "Recorded", "grade_of", "populations", "record", "role_of"]
 
 Grade: TypeAlias = Literal["integer", "float"]
 
@@ -21,6 +22,26 @@ Grade: TypeAlias = Literal["integer", "float"]
 def populations(program: Program) -> dict[str, Node]:
     """Its populations by name, in the order of the graph."""
     return {n.name: n for n in program.graph.nodes if (s := spec_of(n)) is not None and s.element == "population"}
+
+
+_OPERANDS = {"query": "q", "key": "k", "value": "v"}  # as the ops of attention call them
+
+
+def role_of(population: Node) -> str:
+    """What a population is for: the role that a pass has noted, or what those that read it make of its spikes.
+
+    Returns:
+        ``q``, ``k``, ``v``, ``ssa``, ``ffn``; ``input`` of what only linear layers read; empty of anything else.
+    """
+    neuron, readers = population.meta.get(NEURON), list(population.users)
+    if neuron is not None:
+        return str(neuron.role)
+    for reader in readers:
+        if isinstance(reader.target, torch._ops.OpOverload) and population in reader.args:
+            role = _OPERANDS.get(reader.target._schema.arguments[reader.args.index(population)].name)
+            if role is not None:
+                return role
+    return "input" if readers and all((s := spec_of(r)) is not None and s.kind == "projection" for r in readers) else ""
 
 
 def grade_of(program: Program) -> Grade:

@@ -10,8 +10,9 @@ within that of its threshold. Whether it does is measured, and how far "within" 
   ``+- sqrt(n) eps`` of itself, the sign at random for each element; n is the largest number of terms that one of its readers adds up
   (Monte Carlo arithmetic; Parker 1997). What arrives at the membranes and logits has gone through the network's own arithmetic, so
   cancellation and amplification are those of this network. In each place the root mean square of the ``SAMPLES`` deviations is taken.
-- *Limit.* Of a neuron, ``SAFETY`` (the g above: 8, probability ``n 10^-14``) times its largest deviation at any token and step, relative
-  to its threshold, and ``(T + 4) eps`` for the T additions and subtractions in the membrane.
+- *Limit.* Of a neuron at a step, ``SAFETY`` (the g above: 8, probability ``n 10^-14``) times its largest deviation at any token, relative
+  to its threshold, and ``(T + 4) eps`` for the T additions and subtractions in the membrane. Step by step, since digits have thresholds
+  that fall: what rounding does to the last digit excuses nothing in the first.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Limits:
     """How far rounding reaches.
 
     Attributes:
-        membranes: By population, of each neuron relative to its threshold, ``[C]``.
+        membranes: By population, of each neuron at each step relative to its threshold, ``[T, C]``.
         values: Of the other values asked for, of each channel, ``[C]``, absolute.
         logits: Absolute.
     """
@@ -76,7 +77,7 @@ def limits(program: Program, one: Recorded, wanted: Sequence[str] = ()) -> Limit
                 u, levels = spec.membrane(one.arguments[node.name], fired)
                 other, _ = spec.membrane(args, fired.expand(-1, SAMPLES, -1, -1))
                 deviation = (other - u).square_().mean(1).sqrt_() / levels[0]
-                membranes[node.name] = SAFETY * deviation.amax((0, 1)) + (len(train) + 4) * torch.finfo(fired.dtype).eps
+                membranes[node.name] = SAFETY * deviation.amax(1) + (len(train) + 4) * torch.finfo(fired.dtype).eps
             return moved(node, fired.expand(-1, SAMPLES, -1, -1))
         if isinstance(value, Tensor) and value.is_floating_point():
             if node.name in wanted:
@@ -110,7 +111,7 @@ def margins(node: Node, arguments: Sequence[Any], fired: Tensor, places: tuple[T
     """How far a population's membranes were from firing another train, relative to their thresholds.
 
     Each neuron is followed through its T steps with the currents of the program and the resets of the other train. Where it would not
-    have fired what that train has, its distance to the threshold in between counts; the largest one is what has to be explained.
+    have fired what that train has, its distance to the threshold in between is what has to be explained.
 
     Args:
         node: The population.
@@ -119,33 +120,26 @@ def margins(node: Node, arguments: Sequence[Any], fired: Tensor, places: tuple[T
         places: Sequence, token and neuron of K neurons.
 
     Returns:
-        ``[K]``, 0 where the membrane met the threshold exactly; None if the op does not tell its membrane.
+        ``[T, K]``, 0 where it would have fired the same or met the threshold exactly; None if the op does not tell its membrane.
     """
     spec = spec_of(node)
     if spec is None or spec.membrane is None:
         return None
 
     every: tuple[slice | Tensor, ...] = (slice(None), *places)
-
-    def at(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 2:  # a table that all neurons share
-            return value
-        if value.dim() == 1:
-            return value if value.shape[0] == 1 else value[places[-1]]
-        # A value of one number per token stands for all neurons.
-        return value.expand(fired.shape)[every] if value.dim() == fired.dim() else value.expand(fired.shape[1:])[places]
-
-    given = [at(value) for value in arguments]
-    train = fired[every].to(node.meta["val"].dtype)
+    told_by = fired.to(node.meta["val"].dtype)
     with torch.no_grad():
-        u, levels = spec.membrane(given, train)
+        # Of all neurons: only the op knows which of its arguments are by neuron, by token and group, or a table that all of them share.
+        whole, bounds = spec.membrane(arguments, told_by)
+        u, levels = whole[every], [level.expand(whole.shape)[every] for level in bounds]
+        train = told_by[every]
         told = _reached(train, len(levels))
         own = torch.stack([u >= level for level in levels]).sum(0)
         distance = torch.zeros_like(u)
         for rank, level in enumerate(levels):
             crossed = (own >= len(levels) - rank) != (told >= len(levels) - rank)
             distance = torch.maximum(distance, (u - level).abs() * crossed)
-        found: Tensor = (distance / levels[0]).amax(0)
+        found: Tensor = distance / levels[0]
     return found
 
 

@@ -39,10 +39,15 @@ class Shapes(FakeTensorMode):  # type: ignore[no-untyped-call]
         return self.from_tensor(value, symbolic_context=context)
 
     def constant(self, value: Tensor) -> Tensor:
-        """The fake tensor of a weight."""
+        """The fake tensor of a weight; one on the ``meta`` device is a shape and no place, and meets what the graph makes on the CPU."""
         key = ("constant", isinstance(value, nn.Parameter), _metadata(value))
         if key not in self._results:
-            self._results[key] = self.from_tensor(value, static_shapes=True)
+            if value.is_meta:
+                with self:
+                    here = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+                self._results[key] = here.requires_grad_(value.requires_grad)
+            else:
+                self._results[key] = self.from_tensor(value, static_shapes=True)
         found: Tensor = self._results[key]
         return found
 

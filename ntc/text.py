@@ -42,6 +42,11 @@ class Tokens:
         """The windows in batches of at most ``rows``."""
         return tuple(self.windows[i : i + rows] for i in range(0, len(self.windows), rows))
 
+    def first(self, rows: int) -> Tokens:
+        """The first windows alone, under a description and a hash of their own."""
+        few = _tokens(self.windows[:rows], self.description.rsplit(f", {self.count:,} tokens", 1)[0])
+        return replace(few, file_sha256=self.file_sha256)
+
 
 def read_text(path: Path) -> str:
     """Read UTF-8 text, plain or ``.xz``.

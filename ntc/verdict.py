@@ -50,7 +50,7 @@ class Layer:
         node: Node of the program.
         module: Module of the model.
         block: Transformer block.
-        role: ``q``, ``k``, ``v``, ``ssa``, ``ffn``.
+        role: ``q``, ``k``, ``v``, ``ssa``, ``ffn``, ``input``, or nothing (``ntc.recording.role_of``).
         neurons: Per token.
         steps: T.
         by: What is compared: ``spikes``, ``counts`` (the artefact has no steps there), or ``nothing``.

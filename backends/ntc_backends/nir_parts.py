@@ -107,7 +107,7 @@ def plan(program: Program, options: NirOptions) -> Plan:
     """
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     if not any(is_population(n) or isinstance(n.meta.get(TYPE), RateType) for n in nodes):
-        raise BackendError("the program holds no neurons that NIR could say: compile it first")
+        raise BackendError("the program holds no neurons that NIR has words for: they integrate and fire")
     for node in nodes:
         if TYPE not in node.meta or "val" not in node.meta:
             raise BackendError(f"{where(node)} has no type or shape: verify the program before you export it")

@@ -220,14 +220,13 @@ def _quality(done: Compilation, tokens: Tokens, report: Report) -> dict[str, Any
 def _energy(done: Compilation, out: Path, emit: list[str], tokens: Tokens, report: Report) -> dict[str, Any]:
     """The energy report: the one that was just written, or a measurement on as many tokens."""
     from ntc.energy import measure_energy
-    from ntc.text import Tokens
 
     if "energy" in emit:
         written: dict[str, Any] = json.loads((out / "energy.json").read_text(encoding="utf-8"))
         return written
     rows = max(1, _ENERGY_TOKENS // tokens.windows.shape[1])
-    few = Tokens(tokens.windows[:rows], tokens.description, tokens.sha256)
-    report("energy", 0, rows)
+    few = tokens.first(rows)
+    report("energy", 0, len(few.windows))
     return measure_energy(done.program, done.analog, few, progress=lambda n, of: report("energy", n, of)).to_json()
 
 

@@ -71,6 +71,7 @@ def _evaluate(
     from ntc.frontend import capture
     from ntc.loading import load_tokenizer
     from ntc.quality import evaluate
+    from ntc.similarity import same_channels
     from ntc.text import read_text, tokens_from
 
     info = artifact.read_manifest(folder).get("info", {})
@@ -95,7 +96,11 @@ def _evaluate(
         )
     result = quality.to_json()
     about = {"folder": str(folder), "against": source, "tuned": None if tuned is None else str(tuned), "tuned_training": training}
-    return {**about, **result, "roles": by_role(result["populations"])}
+    left_out = None
+    if not result["layers"]:
+        rotated = "its residual stream is rotated, so that its channels are not the original's"
+        left_out = "no module of the model is called like a transformer block" if same_channels(program, analog) else rotated
+    return {**about, **result, "layers_left_out": left_out, "roles": by_role(result["populations"])}
 
 
 def _baseline_of(folder: Path) -> Path | None:
@@ -136,4 +141,4 @@ def _show(console: Console, result: dict[str, Any], layers: bool) -> None:
     )  # fmt: skip
     show_neurons(console, result["roles"], result, f"per token, {result['data']}")
     show_quality(console, result, result["data"])
-    show_layers(console, result["layers"], whole=layers)
+    show_layers(console, result["layers"], result["layers_left_out"], whole=layers)

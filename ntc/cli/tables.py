@@ -15,7 +15,8 @@ from ntc.cli.output import count, percent, table
 __all__ = ["by_role", "heading", "show_attention", "show_layers", "show_neurons", "show_quality", "show_widths", "unit_for"]
 
 _ROLES = {
-    "q": "queries", "k": "keys", "v": "values", "ssa": "attention output", "ffn": "feed-forward", "": "others",
+    "q": "queries", "k": "keys", "v": "values", "ssa": "attention output", "ffn": "feed-forward", "input": "inputs of linear layers",
+    "": "others",
 }  # fmt: skip
 
 _PLACES = {"attention": "attention", "ffn": "feed-forward", "block": "after the block"}
@@ -107,10 +108,10 @@ def _comparison(console: Console, quality: Mapping[str, Any], suffix: str, colum
     console.print(rows)
 
 
-def show_layers(console: Console, layers: Sequence[Mapping[str, Any]], *, whole: bool) -> None:
-    """How near each layer comes to the original's: all of them, or one sentence on the worst."""
+def show_layers(console: Console, layers: Sequence[Mapping[str, Any]], left_out: str | None, *, whole: bool) -> None:
+    """How near each layer comes to the original's: all of them, or one sentence on the worst; or why none was compared."""
     if not layers:
-        console.print(Text("Layers are not compared: no module of the model is called like a transformer block.", "dim"))
+        console.print(Text(f"Layers are not compared: {left_out}.", "dim"))
         return
     if not whole:
         worst, last = min(layers, key=lambda r: -math.inf if r["cosine"] is None else r["cosine"]), layers[-1]

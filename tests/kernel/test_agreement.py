@@ -264,10 +264,12 @@ def test_membranes_explain_the_spikes_of_the_op(options: dict[str, Any] | str) -
         train = given.trains[name]
         every = torch.ones_like(train[0]).nonzero(as_tuple=True)
         found = margins(node, given.arguments[name], train, every)
-        assert found is not None and len(found) == train[0].numel() and float(found.max()) == 0
+        assert found is not None and found.numel() == train.numel() and float(found.max()) == 0
         other = margins(node, given.arguments[name], torch.roll(train, 1, 0), every)
         changed_trains = (train != torch.roll(train, 1, 0)).any(0).flatten()
-        assert other is not None and bool((other[changed_trains] > 0).all()) and bool((other[~changed_trains] == 0).all())
+        assert other is not None
+        worst = other.amax(0)
+        assert bool((worst[changed_trains] > 0).all()) and bool((worst[~changed_trains] == 0).all())
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -287,7 +289,7 @@ def test_limits_hold_and_are_sharp(options: dict[str, Any] | str) -> None:
         train = given.trains[node.name]
         u, levels = spec_of(node).membrane(args, train.double())
         mine, _ = spec_of(node).membrane(given.arguments[node.name], train.float())
-        potentials[node.name] = ((u - mine).abs() / levels[0]).amax((0, 1, 2))
+        potentials[node.name] = ((u - mine).abs() / levels[0]).amax((1, 2))
         return train.double()
 
     with torch.no_grad():

@@ -112,6 +112,13 @@ def test_the_manifest_says_what_is_there(folder: Path) -> None:
     assert [r["name"] for r in manifest["history"]][-1] == "insert-neurons"
 
 
+def test_a_folder_inside_is_sealed_with_its_manifest(folder: Path) -> None:
+    written(folder / "baseline")
+    inside = {name: found for name, found in contents(folder).items() if name != "manifest.json"}
+    assert "baseline/manifest.json" in inside
+    assert seal(folder)["files"] == inside
+
+
 def test_loading_needs_no_transformers(folder: Path) -> None:
     code = f"""
 import sys
