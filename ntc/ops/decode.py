@@ -22,7 +22,7 @@ from ntc.ops.interval import Bound, Interval
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
 from ntc.spike_type import ANALOG, CurrentType, NodeType, SpikeType, type_of_tensor
 
-__all__ = ["DECODE", "decode", "decode_weights"]
+__all__ = ["DECODE", "PHASE_WEIGHTS", "TICKS", "decode", "decode_weights"]
 
 
 def decode_weights(code: str, steps: int) -> list[float]:
@@ -109,47 +109,56 @@ def _bound(node: Node, context: int, train: Interval, code: str) -> Bound:
     return Bound(train * Interval.of(steps, steps))
 
 
+TICKS = """
+    axes = Constant <value_ints = [0]> ()
+    one = Constant <value_int = 1> ()
+    head = Shape <end = 1> ({0})
+    steps = Squeeze(head, axes)
+    after = Add(steps, one)
+    numbers = Range(one, after, one)
+    numbers_like = CastLike(numbers, {0})
+    shape = Shape({0})
+    rank = Size(shape)
+    others = Sub(rank, one)
+    length = Unsqueeze(others, axes)
+    single = Constant <value_ints = [1]> ()
+    ones = Expand(single, length)
+    column = Concat <axis = 0> (head, ones)
+    ticks = Reshape(numbers_like, column)
+"""
+"""ONNX: ``ticks`` = 1 ... T in the shape ``[T, 1, ..., 1]`` and the type of the train named."""
+
+PHASE_WEIGHTS = """
+    half_value = Constant <value_float = 0.5> ()
+    half = CastLike(half_value, ticks)
+    weights = Pow(half, ticks)
+"""
+"""ONNX, after ``TICKS``: ``weights`` of the phase code, ``2^-t``."""
+
 # A mean or a sum of spikes is the same bits in any order; of real currents it depends on the order from T = 5 on.
-_ONNX = """
+_ONNX = f"""
 <domain: "ntc", overload: "rate", opset_import: ["": 20]>
 Decode <code> (train) => (value)
-{
+{{
     time = Constant <value_ints = [0]> ()
     value = ReduceMean <keepdims = 0> (train, time)
-}
+}}
 
 <domain: "ntc", overload: "count", opset_import: ["": 20]>
 Decode <code> (train) => (value)
-{
+{{
     time = Constant <value_ints = [0]> ()
     value = ReduceSum <keepdims = 0> (train, time)
-}
+}}
 
 <domain: "ntc", overload: "phase", opset_import: ["": 20]>
 Decode <code> (train) => (value)
-{
-    first = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    axis = Constant <value_ints = [0]> ()
-    head = Shape <end = 1> (train)
-    steps = Squeeze(head, axis)
-    ticks = Range(first, steps, one)
-    later = Add(ticks, one)
-    exponent = CastLike(later, train)
-    half_value = Constant <value_float = 0.5> ()
-    half = CastLike(half_value, train)
-    weights = Pow(half, exponent)
-    shape = Shape(train)
-    rank = Size(shape)
-    others = Sub(rank, one)
-    single = Constant <value_ints = [1]> ()
-    count = Unsqueeze(others, axis)
-    ones = Expand(single, count)
-    column = Concat <axis = 0> (head, ones)
-    factor = Reshape(weights, column)
-    weighted = Mul(train, factor)
-    value = ReduceSum <keepdims = 0> (weighted, axis)
-}
+{{
+    {TICKS.format("train")}
+    {PHASE_WEIGHTS}
+    weighted = Mul(train, weights)
+    value = ReduceSum <keepdims = 0> (weighted, axes)
+}}
 """
 
 DECODE = register(

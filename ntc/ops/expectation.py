@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
+from ntc.ops.decode import TICKS
 from ntc.ops.spec import Counts, Operand, OpSpec, TypeMismatch, register
+from ntc.ops.train_product import INCREMENTS
 from ntc.spike_type import CurrentType, NodeType, SpikeType
 
 __all__ = ["EXPECTATION", "FUNCTIONS", "expectation"]
@@ -124,10 +126,10 @@ _BODIES = {
     "softmax": "y = Softmax <axis = -1> (mean)",
 }
 _NORMAL = """
-    last = Constant <value_ints = [-1]> ()
+    channels = Constant <value_ints = [-1]> ()
     {centre}
     square = Mul(centred, centred)
-    power = ReduceMean <keepdims = 1> (square, last)
+    power = ReduceMean <keepdims = 1> (square, channels)
     least_value = Constant <value_float: float = @eps> ()
     least = CastLike(least_value, train)
     shifted = Add(power, least)
@@ -135,8 +137,9 @@ _NORMAL = """
     normal = Div(centred, root)
 """
 _CENTRE = {
-    "rms_norm": "centred = Identity(mean)", "layer_norm": "middle = ReduceMean <keepdims = 1> (mean, last)  centred = Sub(mean, middle)",
-}  # fmt: skip
+    "rms_norm": "centred = Identity(mean)",
+    "layer_norm": "middle = ReduceMean <keepdims = 1> (mean, channels)  centred = Sub(mean, middle)",
+}
 
 
 def _onnx(function: str, *tables: str) -> str:
@@ -149,33 +152,13 @@ def _onnx(function: str, *tables: str) -> str:
     <domain: "ntc", overload: "{".".join((function, *tables))}", opset_import: ["": 20]>
     Expectation <function, eps> ({", ".join(("train", *tables))}) => (told)
     {{
-        axes = Constant <value_ints = [0]> ()
         time = Constant <value_int = 0> ()
-        one = Constant <value_int = 1> ()
-        head = Shape <end = 1> (train)
-        steps = Squeeze(head, axes)
-        after = Add(steps, one)
-        numbers = Range(one, after, one)
-        numbers_like = CastLike(numbers, train)
-        shape = Shape(train)
-        rank = Size(shape)
-        others = Sub(rank, one)
-        length = Unsqueeze(others, axes)
-        single = Constant <value_ints = [1]> ()
-        ones = Expand(single, length)
-        column = Concat <axis = 0> (head, ones)
-        ticks = Reshape(numbers_like, column)
+        {TICKS.format("train")}
         sums = CumSum(train, time)
         mean = Div(sums, ticks)
         {body}
         total = Mul(y, ticks)
-        zero = Constant <value_ints = [0]> ()
-        minus = Constant <value_ints = [-1]> ()
-        earlier = Slice(total, zero, minus, zero)
-        start = Slice(total, zero, single, zero)
-        nothing = Sub(start, start)
-        before = Concat <axis = 0> (nothing, earlier)
-        told = Sub(total, before)
+        {INCREMENTS.format("total", "told")}
     }}
     """
 

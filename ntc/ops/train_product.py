@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.decode import decode_weights
+from ntc.ops.decode import PHASE_WEIGHTS, TICKS, decode_weights
 from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, TypeMismatch, register
 from ntc.ops.traffic import values
 from ntc.spike_type import CurrentType, NodeType, SpikeType
 
-__all__ = ["TRAIN_PRODUCT", "train_product"]
+__all__ = ["INCREMENTS", "TRAIN_PRODUCT", "train_product"]
 
 _CODES = (("count", "count"), ("phase", "phase"), ("phase", "count"))
 
@@ -130,47 +130,32 @@ def _moves(node: Node, operands: Sequence[Operand], result: Operand, measured: d
     return total
 
 
+INCREMENTS = """
+    zero = Constant <value_ints = [0]> ()
+    first = Constant <value_ints = [1]> ()
+    last = Constant <value_ints = [-1]> ()
+    earlier = Slice({0}, zero, last, zero)
+    start = Slice({0}, zero, first, zero)
+    nothing = Sub(start, start)
+    before = Concat <axis = 0> (nothing, earlier)
+    {1} = Sub({0}, before)
+"""
+"""ONNX: what each step adds to a running total ``[T, ...]``, ``P(t) - P(t-1)`` with ``P(-1) = 0``; the total and the result are named."""
+
+
 def _onnx(code_a: str, code_b: str) -> str:
     """One variant as an ONNX function; the words of both codes choose it, so two trains of one code are one word."""
     sums = {"count": "{0}_sums = CumSum({0}, time)", "phase": "{0}_weighted = Mul({0}, weights)  {0}_sums = CumSum({0}_weighted, time)"}
-    weights = """
-        axes = Constant <value_ints = [0]> ()
-        head = Shape <end = 1> (a)
-        steps = Squeeze(head, axes)
-        none = Constant <value_int = 0> ()
-        one = Constant <value_int = 1> ()
-        ticks = Range(none, steps, one)
-        later = Add(ticks, one)
-        exponent = CastLike(later, a)
-        half_value = Constant <value_float = 0.5> ()
-        half = CastLike(half_value, a)
-        powers = Pow(half, exponent)
-        shape = Shape(a)
-        rank = Size(shape)
-        others = Sub(rank, one)
-        single = Constant <value_ints = [1]> ()
-        length = Unsqueeze(others, axes)
-        ones = Expand(single, length)
-        column = Concat <axis = 0> (head, ones)
-        weights = Reshape(powers, column)
-    """
     return f"""
     <domain: "ntc", overload: "{'.'.join(dict.fromkeys((code_a, code_b)))}", opset_import: ["": 20]>
     TrainProduct <code_a, code_b> (a, b) => (train)
     {{
         time = Constant <value_int = 0> ()
-        {weights if "phase" in (code_a, code_b) else ""}
+        {TICKS.format("a") + PHASE_WEIGHTS if "phase" in (code_a, code_b) else ""}
         {sums[code_a].format("a")}
         {sums[code_b].format("b")}
         product = Mul(a_sums, b_sums)
-        zero = Constant <value_ints = [0]> ()
-        first = Constant <value_ints = [1]> ()
-        last = Constant <value_ints = [-1]> ()
-        earlier = Slice(product, zero, last, zero)
-        start = Slice(product, zero, first, zero)
-        nothing = Sub(start, start)
-        before = Concat <axis = 0> (nothing, earlier)
-        train = Sub(product, before)
+        {INCREMENTS.format("product", "train")}
     }}
     """
 
