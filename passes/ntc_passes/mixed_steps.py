@@ -6,13 +6,13 @@ costs about ``k^2 F_s / 24`` nats per token, and a digit of each value, ``1 / lo
 loss for a number of events has the same loss per value at all sites (reverse water-filling, Cover and Thomas, Elements of Information
 Theory, 10.3.3):
 
-    d_s <- k_s d_s,   k_s = g sqrt(n_s / F_s)
+    d_s <- k_s d_s,   k_s = g sqrt(n_s / F_s)          where each channel has a step of its own, each is a site with n = 1
     T_s  = the fewest with (N(T_s) + 1/2) k_s >= R_s,   R_s = N, or the largest |x| / d of the text if d is known and that is more
 
 The range stays, or grows to what the text has. g is the widest for which the predicted loss is within ``change``, or the narrowest for
 which the spikes are within ``events`` (bisection):
 
-    predicted change = exp(1/2 sum_s F_s k_s^2 mean(e^2)) - 1,    e = x / (k d) - n,  on sample tokens
+    predicted change = exp(1/2 sum_s sum_c F_c k^2 mean(e_c^2)) - 1,    e = x / (k d) - n,  on sample tokens
 
 Errors are taken for independent and small; what the program has in the end is what ``ntc evaluate`` measures. Where steps are known they
 are folded into the weights anew, where they are measured per token their factor changes. Queries, keys and values of one attention have T
@@ -83,8 +83,8 @@ class _Site:
         readers: Linear layers, or one attention.
         base: b of its digits.
         price: lambda of its digits.
-        fisher: F.
-        reach: R, in its present steps.
+        fisher: F, ``[C]``.
+        reach: R, in its present steps, ``[1]`` or, if each channel has a step of its own, ``[C]``.
         sample: ``x / d``, ``[rows, C]``.
     """
 
@@ -92,32 +92,34 @@ class _Site:
     readers: tuple[Node, ...]
     base: float
     price: float
-    fisher: float
-    reach: float
+    fisher: Tensor
+    reach: Tensor
     sample: Tensor
 
     @property
     def values(self) -> int:
         return int(self.sample.shape[-1])
 
-    def wider(self, g: float, most: int) -> float:
-        """The k of a g; at least what so many steps can reach with, at most what leaves nothing to tell."""
-        finest = self.reach / (Digits(self.base, most).most + 0.5)
-        return min(max(g * math.sqrt(self.values / max(self.fisher, 1e-30)), finest), 4 * self.reach)
+    def wider(self, g: float, most: int) -> Tensor:
+        """The k of a g, ``[1]`` or ``[C]``; at least what so many steps can reach with, at most what leaves nothing to tell."""
+        fisher = self.fisher.reshape(len(self.reach), -1)
+        k = g * (fisher.shape[1] / fisher.sum(1).clamp(min=1e-30)).sqrt().float()
+        return torch.minimum(torch.maximum(k, self.reach / (Digits(self.base, most).most + 0.5)), 4 * self.reach)
 
-    def system(self, k: float, most: int) -> Digits:
+    def system(self, k: Tensor, most: int) -> Digits:
         """Digits that reach as far with steps k times as wide."""
-        steps = next((t for t in range(1, most) if Digits(self.base, t).most + 0.5 >= self.reach / k), most)
+        needed = float((self.reach / k).max())
+        steps = next((t for t in range(1, most) if Digits(self.base, t).most + 0.5 >= needed), most)
         return Digits(self.base, steps, self.price)
 
-    def fires(self, k: float, most: int) -> tuple[float, float]:
+    def fires(self, k: Tensor, most: int) -> tuple[float, float]:
         """Spikes per value, and the predicted loss in nats per token."""
         system = self.system(k, most)
         w, theta = torch.tensor(system.weights), torch.tensor(digit_thresholds(system.weights, self.price))
         n = self.sample / k
         spikes = digit_neuron(n, torch.ones(1), w, theta)
-        off = float((weighted(spikes, w) - n).square().mean(dtype=torch.float64))
-        return float(spikes.count_nonzero()) / n.numel(), self.fisher * k * k * off / 2
+        off = ((weighted(spikes, w) - n) * k).double().square().mean(0)
+        return float(spikes.count_nonzero()) / n.numel(), float(self.fisher @ off) / 2
 
 
 class MixedSteps(Pass):
@@ -171,14 +173,16 @@ def _per_token(node: Node) -> bool:
     return len(node.args) > 4 and bool(node.args[4])
 
 
-def _site(program: Program, node: Node, x: Tensor, fisher: float, largest: float) -> _Site:
+def _site(program: Program, node: Node, x: Tensor, fisher: Tensor, largest: Tensor) -> _Site:
     step, *tables = node.args[1:4]
     assert isinstance(step, Node)
     w, theta = (program.tensor(a).detach() for a in tables)  # type: ignore[arg-type]
     d = _OPS.token_step.default(x, *step.args[1:]) if _per_token(node) else program.tensor(step).detach()
     base = float(w[0] / w[1]) if len(w) > 1 else 3.0
     price = max(0.0, float(2 * theta[-1] - 1.0))  # of the last digit theta = 1/2 + price / 2
-    reach = float(w.sum()) if _per_token(node) else max(float(w.sum()), largest)
+    reach = w.sum().reshape(1)
+    if not _per_token(node):
+        reach = torch.maximum(reach, largest if len(d) > 1 else largest.max())
     return _Site(node, _readers(node), base, price, fisher, reach, x / spread(d, x))
 
 
@@ -211,7 +215,7 @@ def _widest(sites: Sequence[_Site], options: Options, most: int, progress: Calla
     return math.exp2(low if options.change else high)
 
 
-def _write(program: Program, site: _Site, k: float, system: Digits, weights: NewWeights) -> None:
+def _write(program: Program, site: _Site, k: Tensor, system: Digits, weights: NewWeights) -> None:
     """The same site with steps k times as wide: tables, the step, and the weights that a known step is in."""
     node, step, per_token = site.node, site.node.args[1], _per_token(site.node)
     assert isinstance(step, Node)
@@ -222,7 +226,7 @@ def _write(program: Program, site: _Site, k: float, system: Digits, weights: New
         if per_token:
             others = [u for u in step.users if u is not node and u not in site.readers]
             assert not others, "a step belongs to one population"
-            step.args = (step.args[0], float(step.args[1]) * k, *step.args[2:])  # type: ignore[arg-type]
+            step.args = (step.args[0], float(step.args[1]) * float(k), *step.args[2:])  # type: ignore[arg-type]
         else:
             step = call(program.add_tensor(f"{node.name}.step", program.tensor(step).detach() * k))
             node.update_arg(1, step)
@@ -236,10 +240,10 @@ def _write(program: Program, site: _Site, k: float, system: Digits, weights: New
             if not per_token:
                 matrix = reader.args[2]
                 assert isinstance(matrix, Node)
-                reader.update_arg(2, call(weights.of(matrix, ("wider", k), lambda m: m * k, reader)))
+                reader.update_arg(2, call(weights.of(matrix, ("wider", node.name), k.double().mul, reader)))
 
 
-def _notes(sites: Sequence[_Site], chosen: dict[Node, tuple[float, Digits]], g: float, most: int, weights: NewWeights) -> dict[str, Any]:
+def _notes(sites: Sequence[_Site], chosen: dict[Node, tuple[Tensor, Digits]], g: float, most: int, weights: NewWeights) -> dict[str, Any]:
     events, change = _totals(sites, g, most)
     linear = [s for s in sites if s.readers[0].target is _OPS.spike_linear.default]
     macs = {s.node: s.values * sum(int(r.meta["val"].shape[-1]) for r in s.readers) for s in linear}

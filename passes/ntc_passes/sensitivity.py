@@ -7,7 +7,7 @@ n, independent of everything and small, moves the answer of the network by
 
 nats per token: the diagonal of the Fisher information, with labels that the network draws itself (Amari 1998; with those of the text it
 would be the empirical one, Kunstner et al. 2019). All that is needed is a run backwards per window, on unlabelled text. Measured is
-``F = mean over tokens of sum_c gamma_c^2``, on the program as it is, straight through its neurons, and the largest ``|x| / d``.
+``F_c``, the mean of ``gamma_c^2`` over tokens, on the program as it is, straight through its neurons, and the largest ``|x_c| / d``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Sensitivity:
     """What is known of a site.
 
     Attributes:
-        fisher: F, nats per squared step, twice: the loss of an error e of every n is ``fisher E[e^2] / 2``.
-        largest: Largest ``|x| / d`` of the text.
+        fisher: F, ``[C]``, in float64: errors e lose ``sum_c F_c E[e_c^2] / 2`` nats per token.
+        largest: Largest ``|x| / d`` of the text, ``[C]``.
     """
 
-    fisher: float = 0.0
-    largest: float = 0.0
+    fisher: Tensor
+    largest: Tensor
 
 
 def sensitivities(
@@ -55,7 +55,8 @@ def sensitivities(
         tokens: How many of it, at least one window.
         progress: Called with a title, a number and how many there are.
     """
-    found = {site: Sensitivity() for site in sites}
+    widths = {site: int(site.meta["val"].shape[-1]) for site in sites}
+    found = {site: Sensitivity(torch.zeros(width, dtype=torch.float64), torch.zeros(width)) for site, width in widths.items()}
     frozen = {name: tensor.detach() for name, tensor in program.tensors.items()}
     windows = list(_windows(program, calibration, tokens))
     seen = 0
@@ -68,12 +69,13 @@ def sensitivities(
                 return None
             x, step, weights = args[:3]
             site = found[node]
-            site.largest = max(site.largest, float((x.detach().abs() / spread(step.detach(), x)).max()))
+            numbers = x.detach().abs() / spread(step.detach(), x)
+            site.largest = torch.maximum(site.largest, numbers.flatten(0, -2).amax(0))
             train: Tensor = value if value.requires_grad else value.detach().requires_grad_()
             last = float(weights[-1])
 
             def take(grad: Tensor) -> None:  # gamma: what one more step of n does, and the last spike is worth w(T-1) of them
-                site.fisher += float((grad[-1] / last).square().sum(dtype=torch.float64))
+                site.fisher += (grad[-1] / last).double().square().flatten(0, -2).sum(0)
 
             train.register_hook(take)  # type: ignore[no-untyped-call]
             return train

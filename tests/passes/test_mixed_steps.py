@@ -12,7 +12,6 @@ from programs import CONTEXT, canonical
 
 from ntc.energy import measure_energy
 from ntc.errors import ConfigError, PassError
-from ntc.ops import aten
 from ntc.pipeline import Calibration, Context, run_pipeline
 from ntc.program import Program, interpret
 from ntc.testing import example_ids
@@ -58,7 +57,7 @@ def test_the_budget_is_what_is_fired(name: str, scale: str) -> None:
         assert node.meta["val"].shape[0] == notes["steps"][node.name]
 
 
-@pytest.mark.parametrize(("name", "scale", "attention"), [("llama", "static", True), ("llama", "token", True), ("gpt2", "channel", False)])
+@pytest.mark.parametrize(("name", "scale", "attention"), [("llama", "static", True), ("llama", "token", True), ("gpt2", "channel", True)])
 def test_the_predicted_change_is_the_measured_one(name: str, scale: str, attention: bool) -> None:
     """At small losses the divergence is quadratic, and what was predicted; numerators, which are no sites, have fine digits here."""
     before = source(name)
@@ -116,7 +115,7 @@ def test_no_uniform_choice_is_predicted_to_be_better() -> None:
         ours = _totals(sites, _widest(sites, MixedSteps.configure({"events": events}).options, 24, TEXT.progress), 24)
         low, high = -5.0, 12.0
         for _ in range(30):
-            k = 2.0 ** ((low + high) / 2)
+            k = torch.tensor([2.0 ** ((low + high) / 2)])
             fired = [s.fires(k, 24) for s in sites]
             mean = sum(e * s.values for (e, _), s in zip(fired, sites, strict=True)) / sum(s.values for s in sites)
             low, high = ((low + high) / 2, high) if mean > ours[0] else (low, (low + high) / 2)
@@ -132,9 +131,10 @@ def test_sensitivity_of_the_last_layer_has_a_closed_form() -> None:
     matrix = program.tensor(last.args[2]).detach().double()
     with torch.no_grad():
         p = program(text.batches[0]).double().softmax(-1).flatten(0, 1)
-    exact = (p @ matrix.square() - (p @ matrix).square()).sum(-1).mean()
-    assert found.fisher == pytest.approx(float(exact), rel=0.05)
-    assert last.target is not aten.linear.default and found.largest > 100  # nearly the 127 of eight digits of base 2
+    exact = p @ matrix.square() - (p @ matrix).square()
+    assert float(found.fisher.sum()) == pytest.approx(float(exact.mean(0).sum()), rel=0.05)
+    torch.testing.assert_close(found.fisher, exact.mean(0), rtol=0.25, atol=0)
+    assert found.largest.max() > 200  # of the 255 of eight digits of base 2
 
 
 def test_bad_settings_and_nothing_to_do() -> None:
