@@ -32,13 +32,13 @@ from torch.fx import Node
 
 from ntc.errors import PassError
 from ntc.meta import building
-from ntc.ops.digit_neuron import MOST_DIGITS, digit_neuron, digit_thresholds, most_digits, spread
+from ntc.ops.digit_neuron import MOST_DIGITS, digit_neuron, digit_thresholds, most_digits
 from ntc.ops.spike_linear import weighted
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
-from ntc_passes.digits import Digits, check_steps, sampled
+from ntc_passes.digits import Digits, check_steps
 from ntc_passes.new_weights import NewWeights
-from ntc_passes.sensitivity import sensitivities
+from ntc_passes.sensitivity import Sensitivity, sensitivities
 
 __all__ = ["MixedSteps"]
 
@@ -136,11 +136,11 @@ class MixedSteps(Pass):
         found = [n for n in program.graph.find_nodes(op="call_function", target=_OPS.digit_neuron.default) if _readers(n)]
         if not found:
             return PassResult(False, 0)
-        wanted = {n.args[0]: options.rows for n in found if isinstance(n.args[0], Node)}
-        samples = sampled(program, wanted, context, self.name, "no mixed steps")
-        assert context.calibration is not None  # sampled has refused it
-        known = sensitivities(program, found, context.calibration, options.tokens, context.progress)
-        sites = [_site(program, n, samples[n.args[0]], known[n].fisher, known[n].largest) for n in found]
+        calibration = context.calibration
+        if calibration is None or calibration.tokens == 0:
+            raise PassError(f"{self.name} measures on calibration text: give --calibration FILE or a Calibration in the context")
+        known = sensitivities(program, found, calibration, options.tokens, options.rows, context.progress)
+        sites = [_site(program, n, known[n]) for n in found]
         most = min(options.most, *(most_digits(s.base) for s in sites))
         g = _widest(sites, options, most, context.progress)
         chosen = {s.node: (s.wider(g, most), s.system(s.wider(g, most), most)) for s in sites}
@@ -173,17 +173,16 @@ def _per_token(node: Node) -> bool:
     return len(node.args) > 4 and bool(node.args[4])
 
 
-def _site(program: Program, node: Node, x: Tensor, fisher: Tensor, largest: Tensor) -> _Site:
+def _site(program: Program, node: Node, known: Sensitivity) -> _Site:
     step, *tables = node.args[1:4]
     assert isinstance(step, Node)
     w, theta = (program.tensor(a).detach() for a in tables)  # type: ignore[arg-type]
-    d = _OPS.token_step.default(x, *step.args[1:]) if _per_token(node) else program.tensor(step).detach()
     base = float(w[0] / w[1]) if len(w) > 1 else 3.0
     price = max(0.0, float(2 * theta[-1] - 1.0))  # of the last digit theta = 1/2 + price / 2
     reach = w.sum().reshape(1)
     if not _per_token(node):
-        reach = torch.maximum(reach, largest if len(d) > 1 else largest.max())
-    return _Site(node, _readers(node), base, price, fisher, reach, x / spread(d, x))
+        reach = torch.maximum(reach, known.largest if program.tensor(step).numel() > 1 else known.largest.max())
+    return _Site(node, _readers(node), base, price, known.fisher, reach, known.sample)
 
 
 def _totals(sites: Sequence[_Site], g: float, most: int) -> tuple[float, float]:
@@ -200,7 +199,7 @@ def _widest(sites: Sequence[_Site], options: Options, most: int, progress: Calla
     Raises:
         PassError: If no g keeps the budget of perplexity: the finest steps that ``most`` allows lose more than it.
     """
-    low, high, rounds = -40.0, 20.0, 24
+    low, high, rounds = -30.0, 10.0, 16
     if options.change and (least := _totals(sites, 2.0**low, most)[1]) > options.change:
         raise PassError(
             f"mixed-steps has a budget of {100 * options.change:g} % and is predicted to lose {100 * least:.2f} % with the finest steps: "

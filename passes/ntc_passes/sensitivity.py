@@ -37,40 +37,45 @@ class Sensitivity:
     Attributes:
         fisher: F, ``[C]``, in float64: errors e lose ``sum_c F_c E[e_c^2] / 2`` nats per token.
         largest: Largest ``|x| / d`` of the text, ``[C]``.
+        sample: ``x / d`` of some tokens, ``[rows, C]``.
     """
 
     fisher: Tensor
     largest: Tensor
+    sample: Tensor
 
 
 def sensitivities(
-    program: Program, sites: Sequence[Node], calibration: Calibration, tokens: int, progress: Callable[..., None]
+    program: Program, sites: Sequence[Node], calibration: Calibration, tokens: int, rows: int, progress: Callable[..., None]
 ) -> dict[Node, Sensitivity]:
-    """F and the largest number of every site, on the first ``tokens`` tokens of a text.
+    """F, the largest number and some numbers of every site, on the first ``tokens`` tokens of a text.
 
     Args:
         program: As it is; parameters get no gradients.
         sites: ``ntc::digit_neuron`` nodes.
         calibration: Text.
         tokens: How many of it, at least one window.
+        rows: Tokens whose numbers are kept, at random.
         progress: Called with a title, a number and how many there are.
     """
     widths = {site: int(site.meta["val"].shape[-1]) for site in sites}
-    found = {site: Sensitivity(torch.zeros(width, dtype=torch.float64), torch.zeros(width)) for site, width in widths.items()}
+    found = {s: Sensitivity(torch.zeros(n, dtype=torch.float64), torch.zeros(n), torch.zeros(0, n)) for s, n in widths.items()}
     frozen = {name: tensor.detach() for name, tensor in program.tensors.items()}
     windows = list(_windows(program, calibration, tokens))
     seen = 0
     draw = torch.Generator().manual_seed(0)
     for number, ids in enumerate(windows):
         progress("measure sensitivities", number, len(windows))
+        kept = torch.randperm(ids.numel(), generator=draw)[: -(-rows // len(windows))]
 
-        def visit(node: Node, args: tuple[Any, ...], value: Any) -> Tensor | None:
+        def visit(node: Node, args: tuple[Any, ...], value: Any, kept: Tensor = kept) -> Tensor | None:
             if node not in found:
                 return None
             x, step, weights = args[:3]
             site = found[node]
-            numbers = x.detach().abs() / spread(step.detach(), x)
-            site.largest = torch.maximum(site.largest, numbers.flatten(0, -2).amax(0))
+            numbers = (x.detach() / spread(step.detach(), x)).flatten(0, -2)
+            site.largest = torch.maximum(site.largest, numbers.abs().amax(0))
+            site.sample = torch.cat([site.sample, numbers[kept]])
             train: Tensor = value if value.requires_grad else value.detach().requires_grad_()
             last = float(weights[-1])
 

@@ -13,7 +13,7 @@ from programs import CONTEXT, canonical
 from ntc.energy import measure_energy
 from ntc.errors import ConfigError, PassError
 from ntc.pipeline import Calibration, Context, run_pipeline
-from ntc.program import Program, interpret
+from ntc.program import Program
 from ntc.testing import example_ids
 from ntc.text import Tokens
 from ntc_passes.encode_linears import EncodeLinears
@@ -106,11 +106,8 @@ def test_no_uniform_choice_is_predicted_to_be_better() -> None:
     program = coded("llama", "static", True)
     nodes = list(program.graph.find_nodes(op="call_function", target=torch.ops.ntc.digit_neuron.default))
     assert TEXT.calibration is not None
-    known = sensitivities(program, nodes, TEXT.calibration, 32, TEXT.progress)
-    values: dict[object, torch.Tensor] = {}
-    with torch.no_grad():
-        interpret(program, IDS, lambda node, args, value: values.update({node: args[0].flatten(0, -2)}) if node in known else None)
-    sites = [_site(program, n, values[n], known[n].fisher, known[n].largest) for n in nodes]
+    known = sensitivities(program, nodes, TEXT.calibration, 32, 32, TEXT.progress)
+    sites = [_site(program, n, known[n]) for n in nodes]
     for events in (1.0, 1.4, 1.8):
         ours = _totals(sites, _widest(sites, MixedSteps.configure({"events": events}).options, 24, TEXT.progress), 24)
         low, high = -5.0, 12.0
@@ -127,13 +124,14 @@ def test_sensitivity_of_the_last_layer_has_a_closed_form() -> None:
     program = coded("llama", "static")
     last = list(program.graph.find_nodes(op="call_function", target=torch.ops.ntc.spike_linear.default))[-1]
     text = Calibration((example_ids(batch=64, length=16, seed=5),), "some", "")
-    found = sensitivities(program, [last.args[0]], text, 1024, TEXT.progress)[last.args[0]]
+    found = sensitivities(program, [last.args[0]], text, 1024, 8, TEXT.progress)[last.args[0]]
     matrix = program.tensor(last.args[2]).detach().double()
     with torch.no_grad():
         p = program(text.batches[0]).double().softmax(-1).flatten(0, 1)
     exact = p @ matrix.square() - (p @ matrix).square()
     assert float(found.fisher.sum()) == pytest.approx(float(exact.mean(0).sum()), rel=0.05)
     torch.testing.assert_close(found.fisher, exact.mean(0), rtol=0.25, atol=0)
+    assert found.sample.shape == (64, 32) and (found.sample.abs() <= found.largest).all()  # a row of each window, at least
     assert found.largest.max() > 200  # of the 255 of eight digits of base 2
 
 
