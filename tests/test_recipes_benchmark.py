@@ -87,6 +87,14 @@ def test_lines_of_different_texts_or_originals_make_no_section(recipes: dict[str
         recipes["section"]([])
 
 
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct.Q4_1.gguf", "gpt2-books"])
+def test_the_page_has_tables_of_this_form(recipes: dict[str, Any], name: str) -> None:
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    written = page.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
+    for made in (recipes["table"], recipes["energy_table"]):
+        assert f"\n{made([])}\n| lossless | 4 |" in written
+
+
 def test_zero_train_share_is_what_no_group_of_the_history_reaches(recipes: dict[str, Any]) -> None:
     program = spiking()
     share = recipes["zero_train_share"]

@@ -77,6 +77,12 @@ def test_the_tables_say_what_the_lines_say(benchmark: dict[str, Any]) -> None:
         benchmark["section"]([theirs, line("ntc, lossless", 4, data="b.txt")])
 
 
+def test_the_page_has_tables_of_this_form(benchmark: dict[str, Any]) -> None:
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    written = page.split("<!-- begin spikingjelly -->")[1].split("<!-- end spikingjelly -->")[0]
+    assert f"\n{benchmark['table']([])}\n| SpikingJelly, " in written
+
+
 def test_settings_are_three_numbers(benchmark: dict[str, Any]) -> None:
     setting = benchmark["Setting"].read("160/16/0.999")
     assert (setting.steps, setting.levels, setting.quantile) == (160, 16, 0.999)
