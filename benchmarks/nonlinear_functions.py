@@ -1,53 +1,91 @@
-"""What each nonlinear function costs when few-spikes neurons compute it: perplexity over the number of time steps, nothing else converted.
+"""What each nonlinear function costs when few-spikes neurons compute it: perplexity over the number of time steps.
 
     python benchmarks/nonlinear_functions.py examples/gpt2-books --data books-valid.txt --max-tokens 512
+    python benchmarks/nonlinear_functions.py SmolLM2-135M.gguf --data wikitext2-test.txt --calibration wikitext2-valid.txt --rotate \
+        --window 512 --max-tokens 2048 --steps 8 --recipe lossless-spiking
 
-Prints a Markdown table (docs/recipes.md holds a run). Every row is measured on the program it names, same tokens. A kind of function that
-the model does not have is left out.
+Prints a Markdown table (docs/recipes.md holds runs of it). One row for each kind of function alone, nothing else converted, and one for all
+of them; with --recipe one for a whole recipe, for each T of --steps. Every row is measured on the program that it names, same tokens, the
+original in the same run. A kind of function that the model does not have is left out. With --rotate the network is first brought to the
+form that the recipe ``lossless`` codes, exactly: folded norms, a rotated residual stream.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
-from ntc.compiler import compile_model
+import torch
+
+from ntc.compiler import compile_model, default_calibration
 from ntc.errors import NtcError
+from ntc.frontend import capture
+from ntc.loading import load_tokenizer
 from ntc.pipeline import Context, run_pipeline
-from ntc.quality import evaluate
-from ntc.registry import recipe
-from ntc.text import tokens_from
+from ntc.program import Program
+from ntc.quality import Quality, evaluate
+from ntc.recipe import Settings
+from ntc.registry import find_pass, recipe
+from ntc.text import calibration_from, tokens_from
 from ntc_passes.spike_functions import KINDS, SpikeFunctions
 
-HEAD = "| function | T | intervals | perplexity | change | KL [nats] | events per value |\n" + "| --- " * 7 + "|"
+HEAD = "| spiking | T | intervals | perplexity | change | KL [nats] | events per value |\n" + "| --- " * 7 + "|"
+FORM: tuple[tuple[str, dict[str, str]], ...] = (("fold-norms", {}), ("rotate", {"online": "ffn"}))  # of the recipe lossless
+
+
+def programs(analog: Program, context: Context, args: argparse.Namespace) -> Iterator[tuple[str, int, int, Program]]:
+    """Name, T and intervals of each row, and its program."""
+    settings = [(intervals, steps) for intervals in args.intervals for steps in args.steps]
+    start = run_pipeline(analog, [find_pass(name).configure(options) for name, options in FORM]) if args.rotate else analog
+    for name in args.kinds:
+        kinds = KINDS if name == "all" else (name,)
+        for intervals, steps in settings:
+            options = {**dict.fromkeys(kinds, "spiking"), "steps": steps, "intervals": intervals}
+            program = run_pipeline(start, [SpikeFunctions.configure(options)], context)
+            if not program.history[-1].sites:
+                break
+            yield name, steps, intervals, program
+    for name in args.recipe:
+        for intervals, steps in settings:
+            chosen = recipe(name).without("canonicalize")
+            given = {"steps": steps, "spike-functions.intervals": intervals}
+            made = compile_model(analog, recipe=chosen, settings=Settings(given), calibration=context.calibration)
+            yield name, steps, intervals, made.program
+
+
+def line(name: str, steps: int, intervals: int, q: Quality) -> str:
+    """One row of the table."""
+    change = f"{100 * q.perplexity_change:+.3f} %"
+    return f"| {name} | {steps} | {intervals} | {q.perplexity:.3f} | {change} | {q.kl:.2e} | {q.events_per_value:.2f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, help="text for what is calibrated; that of the model's folder if there is one")
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 12, 16])
     parser.add_argument("--intervals", type=int, nargs="+", default=[32])
+    parser.add_argument("--kinds", nargs="*", choices=(*KINDS, "all"), default=[*KINDS, "all"])
+    parser.add_argument("--recipe", nargs="*", default=[], help="recipes that are measured as a whole")
+    parser.add_argument("--rotate", action="store_true")
     args = parser.parse_args()
-    compiled = compile_model(args.model, recipe=recipe("neurtransformer").until("calibrate"))
-    analog, context = compiled.analog, Context(compiled.calibration)
-    tokens = tokens_from(args.data, compiled.tokenizer, min(args.window, analog.info.context or args.window), args.max_tokens)
-    print(f"original network: {evaluate(analog, analog, tokens).perplexity:.3f} on {tokens.windows.numel():,} tokens\n\n{HEAD}", flush=True)
-    for kinds in (*((kind,) for kind in KINDS), KINDS):
-        for intervals in args.intervals:
-            for steps in args.steps:
-                options = {**dict.fromkeys(kinds, "spiking"), "steps": steps, "intervals": intervals}
-                program = run_pipeline(analog, [SpikeFunctions.configure(options)], context)
-                if not program.history[-1].sites:
-                    break
-                q = evaluate(program, analog, tokens)
-                name = kinds[0] if len(kinds) == 1 else "all"
-                print(
-                    f"| {name} | {steps} | {intervals} | {q.perplexity:.3f} | {100 * q.perplexity_change:+.3f} % | {q.kl:.2e} "
-                    f"| {q.events_per_value:.2f} |", flush=True,
-                )  # fmt: skip
+    torch.set_num_threads(1)
+    tokenizer, text = load_tokenizer(args.model), args.calibration or default_calibration(args.model)
+    calibration = calibration_from(tokens_from(text, tokenizer, args.window, 4096)) if text else None
+    analog = run_pipeline(capture(args.model), [find_pass("canonicalize")()])
+    tokens = tokens_from(args.data, tokenizer, min(args.window, analog.info.context or args.window), args.max_tokens)
+    print(f"{tokens.description}; calibration: {calibration.description if calibration else 'none'}", flush=True)
+    head = HEAD
+    for name, steps, intervals, program in programs(analog, Context(calibration), args):
+        q = evaluate(program, analog, tokens, batch=1)
+        if head:
+            print(f"original network: {q.perplexity_ann:.3f}\n\n{head}", flush=True)
+        head = ""
+        print(line(name, steps, intervals, q), flush=True)
 
 
 if __name__ == "__main__":

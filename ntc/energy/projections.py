@@ -16,6 +16,7 @@ __all__ = ["LINEAR", "STREAM_NAMES", "attention_projections"]
 _WHOLE = (
     *SOFTMAX_ATTENTION, torch.ops.ntc.spiking_attention.default, torch.ops.ntc.integer_attention.default,
     torch.ops.ntc.coded_attention.default,
+    *(getattr(torch.ops.ntc, name).default for name in ("causal_scores", "weighted_values", "coded_scores", "coded_values")),
 )  # fmt: skip
 _STREAMS = (
     torch.ops.ntc.attention_stream.default, torch.ops.ntc.spiking_attention_stream.default,

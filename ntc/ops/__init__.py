@@ -4,6 +4,9 @@ from ntc.ops.aten import aten as aten
 from ntc.ops.attention import attention as attention
 from ntc.ops.attention import attention_stream as attention_stream
 from ntc.ops.coded_attention import coded_attention as coded_attention
+from ntc.ops.coded_scores import coded_scores as coded_scores
+from ntc.ops.coded_values import coded_values as coded_values
+from ntc.ops.coded_values import key_scale as key_scale
 from ntc.ops.decode import decode as decode
 from ntc.ops.digit_neuron import digit_neuron as digit_neuron
 from ntc.ops.encode import encode as encode
@@ -51,9 +54,9 @@ from ntc.ops.windowed_attention import windowed_attention as windowed_attention
 
 __all__ = [
     "SOFTMAX_ATTENTION", "SPECS", "Bound", "Counts", "Inside", "Interval", "OpSpec", "Operand", "Traffic", "TypeMismatch", "aten",
-    "attention", "causal_scores", "coded_attention", "decode", "digit_neuron", "encode", "expectation", "from_integer", "fs_neuron",
-    "fs_synapse", "hadamard", "if_rate", "integer_attention", "integer_attention_stream", "integer_fire", "integer_linear",
-    "integer_lookup", "integer_norm", "integrate_fire", "leaky_integrate_fire", "mt_neuron", "position_scale", "register", "requantize",
-    "rms_scale", "row_sum_scale", "spec_of", "spike_linear", "spiking_attention", "spiking_attention_stream", "timed", "token_step",
-    "train_product", "weighted_values", "windowed_attention",
+    "attention", "causal_scores", "coded_attention", "coded_scores", "coded_values", "decode", "digit_neuron", "encode", "expectation",
+    "from_integer", "fs_neuron", "fs_synapse", "hadamard", "if_rate", "integer_attention", "integer_attention_stream", "integer_fire",
+    "integer_linear", "integer_lookup", "integer_norm", "integrate_fire", "key_scale", "leaky_integrate_fire", "mt_neuron",
+    "position_scale", "register", "requantize", "rms_scale", "row_sum_scale", "spec_of", "spike_linear", "spiking_attention",
+    "spiking_attention_stream", "timed", "token_step", "train_product", "weighted_values", "windowed_attention",
 ]  # fmt: skip

@@ -42,7 +42,7 @@ from ntc.ops.spike_linear import ONNX_SUM, fitted_train, weighted
 from ntc.ops.traffic import causal, values
 from ntc.spike_type import ANALOG, Analog, NodeType
 
-__all__ = ["CODED_ATTENTION", "coded_attention", "coded_probabilities"]
+__all__ = ["CODED_ATTENTION", "check_step", "coded_attention", "coded_probabilities", "train_gradients"]
 
 _TRAINS, _STEPS, _TABLES = slice(0, 3), slice(3, 6), slice(6, 9)
 
@@ -57,9 +57,18 @@ def _check(trains: Sequence[Tensor], steps: Sequence[Tensor], tables: Sequence[T
     if heads % kv_heads:
         raise ValueError(f"{kv_heads} key heads do not divide {heads} query heads")
     for name, train, step, groups in zip(("queries", "keys", "values"), trains, steps, (heads, kv_heads, kv_heads), strict=True):
-        wanted = [[*train.shape[1:-1], groups]] if per_token else [[1], [train.shape[-1]]]
-        if list(step.shape) not in wanted:
-            raise ValueError(f"steps of the {name} have shape {' or '.join(map(str, wanted))}, and not {list(step.shape)}")
+        check_step(name, train, step, groups, per_token)
+
+
+def check_step(name: str, train: Tensor, step: Tensor, groups: int, per_token: bool) -> None:
+    """Refuse a step that a train of queries, keys or values ``[T, B, L, H D]`` cannot have.
+
+    Raises:
+        ValueError: If it has another shape.
+    """
+    wanted = [[*train.shape[1:-1], groups]] if per_token else [[1], [train.shape[-1]]]
+    if list(step.shape) not in wanted:
+        raise ValueError(f"steps of the {name} have shape {' or '.join(map(str, wanted))}, and not {list(step.shape)}")
 
 
 def _digits(x: Tensor, levels: Sequence[float], thresholds: Sequence[float], count: bool) -> tuple[Tensor, float]:
@@ -173,19 +182,27 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *trains, query_step, key_step, value_step, weights = ctx.saved_tensors
-    sums = [weighted(train, weights) for train in trains]
-    steps = [spread(step, x) for step, x in zip((query_step, key_step, value_step), sums, strict=True)]
-    query, key, value = (x * step for x, step in zip(sums, steps, strict=True))
+    sums, steps = [weighted(train, weights) for train in trains], (query_step, key_step, value_step)
+    query, key, value = (x * spread(step, x) for x, step in zip(sums, steps, strict=True))
     given = attention_gradients(grad, query, key, value, ctx.heads, ctx.kv_heads, ctx.scale)
-    to_trains, to_steps = [], []
-    for to_x, x, step, own in zip(given, sums, steps, (query_step, key_step, value_step), strict=True):
-        w = weights.to(to_x.dtype).reshape(-1, *[1] * to_x.dim())
-        to_trains.append(w * (to_x * step))
-        to_step = to_x * x
-        if own.dim() > 1:
-            to_step = to_step.reshape(*own.shape, -1).sum(-1)
-        to_steps.append(to_step.sum_to_size(own.shape))
-    return *to_trains, *to_steps, *[None] * 7
+    found = [train_gradients(to_x, x, step, weights) for to_x, x, step in zip(given, sums, steps, strict=True)]
+    return *(to_train for to_train, _ in found), *(to_step for _, to_step in found), *[None] * 7
+
+
+def train_gradients(grad: Tensor, whole: Tensor, step: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to a train of digits and its step, from that of what it decodes to.
+
+    Args:
+        grad: With respect to ``d sum_t w(t) s(t)``, ``[B, L, C]``.
+        whole: ``sum_t w(t) s(t)``.
+        step: d, ``[1]``, ``[C]`` or ``[B, L, G]``.
+        weights: w, ``[T]``.
+    """
+    to_train = weights.to(grad.dtype).reshape(-1, *[1] * grad.dim()) * (grad * spread(step, whole))
+    to_step = grad * whole
+    if step.dim() > 1:
+        to_step = to_step.reshape(*step.shape, -1).sum(-1)
+    return to_train, to_step.sum_to_size(step.shape)
 
 
 coded_attention.register_autograd(_backward, setup_context=_setup)

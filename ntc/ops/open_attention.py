@@ -23,25 +23,29 @@ from ntc.ops.traffic import causal, values
 from ntc.ops.windowed_attention import ONNX_WINDOW_MASK
 from ntc.spike_type import NodeType
 
-__all__ = ["CAUSAL_SCORES", "WEIGHTED_VALUES", "causal_scores", "weighted_values"]
+__all__ = [
+    "CAUSAL_SCORES", "ONNX_GROUPED_HEADS", "WEIGHTED_VALUES", "by_head", "causal_scores", "grouped", "masked_scores", "onnx_scores",
+    "per_head", "score_gradients", "seen_by", "weighted_values",
+]  # fmt: skip
 
 
-def _per_head(x: Tensor, heads: int, kv_heads: int) -> Tensor:
+def per_head(x: Tensor, heads: int, kv_heads: int) -> Tensor:
     """``[B, H, L, D]`` of keys or values, each repeated for the queries of its group."""
     return split_heads(x, kv_heads).repeat_interleave(heads // kv_heads, dim=-3)
 
 
-def _grouped(x: Tensor, heads: int, kv_heads: int) -> Tensor:
+def grouped(x: Tensor, heads: int, kv_heads: int) -> Tensor:
     """``[B, L, Hk D]`` of what each query head gives to its keys or values, ``[B, H, L, D]``."""
     return merge_heads(x.reshape(*x.shape[:-3], kv_heads, heads // kv_heads, *x.shape[-2:]).sum(-3))
 
 
-def _by_head(rows: Tensor, heads: int) -> Tensor:
+def by_head(rows: Tensor, heads: int) -> Tensor:
     """``[B, H L, L]`` as ``[B, H, L, L]``."""
     return rows.reshape(*rows.shape[:-2], heads, -1, rows.shape[-1])
 
 
-def _seen(length: int, window: int, device: torch.device) -> Tensor:
+def seen_by(length: int, window: int, device: torch.device) -> Tensor:
+    """Which keys each query sees, ``[L, L]``."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return seen.triu(1 - window) if window else seen
 
@@ -61,8 +65,13 @@ def causal_scores(query: Tensor, key: Tensor, heads: int, kv_heads: int, scale: 
     Returns:
         ``[B, H L, L]``, minus infinity for what a token does not see.
     """
-    scores = split_heads(query, heads) @ _per_head(key, heads, kv_heads).transpose(-2, -1) * scale
-    return scores.masked_fill(~_seen(query.shape[-2], window, query.device), float("-inf")).flatten(-3, -2).contiguous()
+    return masked_scores(query, key, heads, kv_heads, scale, window)
+
+
+def masked_scores(query: Tensor, key: Tensor, heads: int, kv_heads: int, scale: float, window: int) -> Tensor:
+    """The same, for other ops to call."""
+    scores = split_heads(query, heads) @ per_head(key, heads, kv_heads).transpose(-2, -1) * scale
+    return scores.masked_fill(~seen_by(query.shape[-2], window, query.device), float("-inf")).flatten(-3, -2).contiguous()
 
 
 @causal_scores.register_fake
@@ -78,10 +87,16 @@ def _setup_scores(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_scores(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     query, key = ctx.saved_tensors
-    given = _by_head(grad, ctx.heads).masked_fill(~_seen(query.shape[-2], ctx.window, query.device), 0.0) * ctx.scale
-    to_query = merge_heads(given @ _per_head(key, ctx.heads, ctx.kv_heads))
-    to_key = _grouped(given.transpose(-2, -1) @ split_heads(query, ctx.heads), ctx.heads, ctx.kv_heads)
-    return to_query, to_key, None, None, None, None
+    return *score_gradients(grad, query, key, ctx.heads, ctx.kv_heads, ctx.scale, ctx.window), *[None] * 4
+
+
+def score_gradients(
+    grad: Tensor, query: Tensor, key: Tensor, heads: int, kv_heads: int, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to query and key, from that of the scores."""
+    given = by_head(grad, heads).masked_fill(~seen_by(query.shape[-2], window, query.device), 0.0) * scale
+    to_query = merge_heads(given @ per_head(key, heads, kv_heads))
+    return to_query, grouped(given.transpose(-2, -1) @ split_heads(query, heads), heads, kv_heads)
 
 
 causal_scores.register_autograd(_backward_scores, setup_context=_setup_scores)
@@ -101,7 +116,7 @@ def weighted_values(probabilities: Tensor, value: Tensor, heads: int, kv_heads: 
     Returns:
         ``[B, L, H Dv]``.
     """
-    return merge_heads(_by_head(probabilities, heads) @ _per_head(value, heads, kv_heads)).contiguous()
+    return merge_heads(by_head(probabilities, heads) @ per_head(value, heads, kv_heads)).contiguous()
 
 
 @weighted_values.register_fake
@@ -116,9 +131,9 @@ def _setup_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_values(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     probabilities, value = ctx.saved_tensors
-    given, rows = split_heads(grad, ctx.heads), _by_head(probabilities, ctx.heads)
-    to_rows = given @ _per_head(value, ctx.heads, ctx.kv_heads).transpose(-2, -1)
-    to_value = _grouped(rows.transpose(-2, -1) @ given, ctx.heads, ctx.kv_heads)
+    given, rows = split_heads(grad, ctx.heads), by_head(probabilities, ctx.heads)
+    to_rows = given @ per_head(value, ctx.heads, ctx.kv_heads).transpose(-2, -1)
+    to_value = grouped(rows.transpose(-2, -1) @ given, ctx.heads, ctx.kv_heads)
     return to_rows.flatten(-3, -2), to_value, None, None, None
 
 
@@ -155,7 +170,7 @@ def _moves_values(node: Node, operands: Sequence[Operand], result: Operand, meas
     return values(result) + Traffic(cache=_products(node, result)[1] * operands[1].shape[-1])
 
 
-_SIZES = """
+ONNX_GROUPED_HEADS = """
     query_heads = Constant <value_int: int = @heads> ()
     key_heads = Constant <value_int: int = @kv_heads> ()
     groups = Div(query_heads, key_heads)
@@ -166,35 +181,43 @@ _SIZES = """
     single = Constant <value_ints = [1]> ()
     any = Constant <value_ints = [-1]> ()
 """
-_ONNX_SCORES = f"""
-<domain: "ntc", opset_import: ["": 20]>
-CausalScores <heads, kv_heads, scale, window> (query, key) => (scores)
-{{{_SIZES}
-    length = Shape <start = -2, end = -1> (query)
-    batch = Shape <end = -2> (query)
-    query_width = Shape <start = -1> (query)
-    key_width = Shape <start = -1> (key)
+"""Numbers of heads as the axes that shapes are made of, in the text of ONNX functions."""
+
+
+def onnx_scores(query: str = "query", key: str = "key") -> str:
+    """From values ``[B, L, C]`` of these names to ``scores``, minus infinity where a token does not see, in the text of ONNX functions."""
+    return f"""{ONNX_GROUPED_HEADS}
+    length = Shape <start = -2, end = -1> ({query})
+    batch = Shape <end = -2> ({query})
+    query_width = Shape <start = -1> ({query})
+    key_width = Shape <start = -1> ({key})
     query_size = Div(query_width, h)
     key_size = Div(key_width, hk)
     query_shape = Concat <axis = 0> (any, length, hk, g, query_size)
     key_shape = Concat <axis = 0> (any, length, hk, single, key_size)
-    query_split = Reshape(query, query_shape)
-    key_split = Reshape(key, key_shape)
+    query_split = Reshape({query}, query_shape)
+    key_split = Reshape({key}, key_shape)
     q = Transpose <perm = [0, 2, 3, 1, 4]> (query_split)
     kt = Transpose <perm = [0, 2, 3, 4, 1]> (key_split)
     products = MatMul(q, kt)
     factor_value = Constant <value_float: float = @scale> ()
-    factor = CastLike(factor_value, query)
+    factor = CastLike(factor_value, {query})
     scaled = Mul(products, factor)
 {ONNX_WINDOW_MASK}    masked = Add(scaled, mask)
     shape = Concat <axis = 0> (batch, any, length)
     scores = Reshape(masked, shape)
-}}
+"""
+
+
+_ONNX_SCORES = f"""
+<domain: "ntc", opset_import: ["": 20]>
+CausalScores <heads, kv_heads, scale, window> (query, key) => (scores)
+{{{onnx_scores()}}}
 """
 _ONNX_VALUES = f"""
 <domain: "ntc", opset_import: ["": 20]>
 WeightedValues <heads, kv_heads, window> (probabilities, value) => (y)
-{{{_SIZES}
+{{{ONNX_GROUPED_HEADS}
     length = Shape <start = -1> (probabilities)
     lead = Shape <end = -1> (value)
     value_width = Shape <start = -1> (value)

@@ -228,7 +228,7 @@ def test_attention_keeps_its_rows(name: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert 1e-5 < float(rows[0]) < 5e-3
     notes = after.history[-1].notes
-    assert "the products of attention, Q K and P V" in notes["islands"]
+    assert "the products of attention, Q K and P V, unless spike-products runs behind" in notes["islands"]
     assert notes["fits"][first.name][1]["high"] == pytest.approx(4 if name == "mistral" else 24, rel=0.01), "the window, or the context"
 
 

@@ -19,6 +19,7 @@ from ntc.testing import check_pass, count_ops, example_ids
 from ntc.text import Tokens
 from ntc_passes.digits import BASES, Digits, learned_base, range_of
 from ntc_passes.encode_linears import EncodeLinears
+from ntc_passes.spike_functions import KINDS, SpikeFunctions
 from ntc_passes.spike_products import SpikeProducts
 
 NEURON, LINEAR, ATTENTION = (getattr(torch.ops.ntc, n).default for n in ("digit_neuron", "spike_linear", "coded_attention"))
@@ -116,6 +117,90 @@ def test_a_price_saves_spikes() -> None:
         return measure_energy(after, analog("llama"), Tokens(example_ids(length=12, seed=3), "some", "")).snn.total().spikes
 
     assert events(1.0) < 0.95 * events(0.0)
+
+
+# ------------------------------------------------------------------------------------------------------- attention that is open
+
+
+@cache
+def opened(name: str, **options: object) -> Program:
+    """Softmax of few-spikes neurons, fine enough not to be what is seen."""
+    given = {"softmax": "spiking", "steps": 14, "intervals": 256, **options}
+    return run_pipeline(source(name), [SpikeFunctions.configure(given)], CONTEXT)
+
+
+@pytest.mark.parametrize("scale", ["token", "static", "channel"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_open_attention_is_coded_product_by_product(name: str, scale: str) -> None:
+    n = 2 if name == "llama" else 1
+    token = n if scale == "token" else 0
+    after = check_pass(
+        SpikeProducts.configure({"steps": 8, "scale": scale}), opened(name), context=CONTEXT, sites=2 * n, missed=[],
+        ops_before={"ntc.causal_scores": n, "ntc.weighted_values": n, "ntc.fs_neuron": 2 * n},
+        ops_after={
+            "ntc.causal_scores": 0, "ntc.weighted_values": 0, "ntc.fs_neuron": 2 * n, "ntc.coded_scores": n, "ntc.coded_values": n,
+            "ntc.digit_neuron": 4 * n, "ntc.token_step": n + 3 * token, "ntc.key_scale": token, "ntc.hadamard": 2 * token,
+        },
+    )  # fmt: skip
+    node = next(n for n in after.graph.nodes if n.target is torch.ops.ntc.coded_values.default)
+    assert [a.name for a in node.args[:2]] == [f"{node.name}_p_spikes", f"{node.name}_v_spikes"]
+    assert node.args[0].meta[TYPE] == SpikeType(8, "fitted", "ternary") and node.args[8] == (4 if name == "mistral" else 0)
+    assert 1e-5 < drift(after, name) < (3e-3 if scale == "token" else 0.3)
+
+
+def test_with_open_attention_the_network_is_that_of_coded_attention() -> None:
+    """The same digits of queries, keys, values and numerators, but for numerators that neurons moved over a threshold."""
+    whole, parts = made("llama", SpikeProducts, steps=6), run_pipeline(opened("llama"), [SpikeProducts.configure({"steps": 6})])
+    ids = example_ids(length=12, seed=3)
+    with torch.no_grad():
+        apart = float((whole(ids) - parts(ids)).norm() / whole(ids).norm())
+    assert apart < drift(whole, "llama") / 2
+    for role in "qk":  # in front of the first softmax nothing differs
+        names = [f"layers_0_self_attn_attention_{role}_{what}" for what in ("hadamard", "step", "spikes")]
+        assert [str(whole.find(n).args) for n in names] == [str(parts.find(n).args) for n in names]
+
+
+def test_windows_are_opened_and_caps_are_not() -> None:
+    after = check_pass(
+        SpikeProducts.configure({"steps": 10}), analog("mistral"), ops_before={"ntc.windowed_attention": 1}, sites=1, missed=[],
+        ops_after={"ntc.windowed_attention": 0, "ntc.coded_scores": 1, "softmax": 1, "ntc.coded_values": 1, "ntc.digit_neuron": 4},
+    )  # fmt: skip
+    assert drift(after, "mistral") < 1e-3
+    exact = check_pass(SpikeFunctions.configure({"softmax": "spiking", "steps": 12, "intervals": 64}), after, ops_after={"softmax": 0, "ntc.coded_scores": 1})
+    assert drift(exact, "mistral") < 1e-2
+    with pytest.raises(PassError, match="spike-products found none of its sites"):
+        run_pipeline(analog("gemma2"), [SpikeProducts()])
+    mixed = Context(CONTEXT.calibration, [Override("model.layers.0.self_attn", {"convert": False})])
+    left = run_pipeline(opened("llama"), [SpikeProducts()], mixed)
+    stem = "layers_0_self_attn_attention"
+    assert [name for name, _ in left.history[-1].missed] == [f"{stem}_scores", stem]
+    assert count_ops(left)["ntc.causal_scores"] == count_ops(left)["ntc.coded_scores"] == 1
+
+
+def test_learned_bases_of_open_attention() -> None:
+    after = run_pipeline(opened("llama"), [SpikeProducts.configure({"steps": 3, "base": "learned"})], CONTEXT)
+    stems = [f"layers_{i}_self_attn_attention" for i in (0, 1)]
+    assert after.history[-1].notes["bases"].keys() == {f"{s}{part}" for s in stems for part in ("", "_scores")}, "values apart from queries and keys"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_everything_may_be_spiking(name: str) -> None:
+    """No dense product, no exp, root, division or gate is left; finer is nearer, through all of them."""
+    errors = []
+    for steps, intervals in ((6, 32), (10, 128)):
+        passes = [
+            SpikeFunctions.configure({**dict.fromkeys(KINDS, "spiking"), "steps": steps, "intervals": intervals}),
+            SpikeProducts.configure({"steps": steps}), EncodeLinears.configure({"steps": steps, "code": "digits"}),
+        ]  # fmt: skip
+        after = run_pipeline(source(name), passes, CONTEXT)
+        errors.append(drift(after, name))
+    assert errors[1] < errors[0] / 8 and errors[1] < 5e-3
+    left = {"linear", "rms_norm", "layer_norm", "silu", "gelu", "softmax", "exp", "rsqrt", "div", "ntc.attention", "ntc.causal_scores", "ntc.weighted_values"}
+    assert not left & count_ops(after).keys()
+    report = measure_energy(after, source(name), Tokens(example_ids(length=12, seed=3), "some", ""))
+    assert report.uncounted() == [] and report.snn.total().macs == 0
+    weights = next(n for n in report.to_json()["nodes"]["snn"] if n["op"] == "ntc.digit_neuron" and n["node"].endswith("_attention_p_spikes"))
+    assert weights["spikes"] > 0 and weights["neurons"] > 0, "numerators are a population like all others"
 
 
 def test_everything_is_counted() -> None:

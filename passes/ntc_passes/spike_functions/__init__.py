@@ -27,7 +27,7 @@ fitted, on which interval, and the largest error.
 What stays analog inside is said in the notes under ``islands``: the largest channel of a token (its step), the largest score of a row,
 sums of real values along a row and their division by a constant, gains and biases. Functions that are not chosen are islands altogether. A
 norm over heads, capped scores, a softmax whose number of keys is not known, and attention that ``spike-products`` has converted, are left
-alone with the reason. The other way round that pass finds no attention any more: its products stay analog where the softmax is spiking.
+alone with the reason. The other way round, this pass first, both products of attention and its softmax are spiking.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _ISLANDS: dict[Kind, tuple[str, ...]] = {
     ),
     "softmax": (
         "the largest score of each row, which is subtracted", "the sum of each row of exponentials: real values",
-        "the products of attention, Q K and P V",
+        "the products of attention, Q K and P V, unless spike-products runs behind",
     ),
 }  # fmt: skip
 
