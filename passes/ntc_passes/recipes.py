@@ -7,7 +7,10 @@ from typing import Any
 
 from ntc.recipe import Recipe, Step
 
-__all__ = ["ATTENTION", "ECMT", "FFN", "FFN_ONLY", "LAS", "LOSSLESS", "LOSSLESS_SPARSE", "NEURTRANSFORMER", "PHASE", "SDLLM", "SSA_ONLY"]
+__all__ = [
+    "ATTENTION", "ECMT", "FFN", "FFN_ONLY", "LAS", "LOSSLESS", "LOSSLESS_SPARSE", "LOSSLESS_SPIKING", "NEURTRANSFORMER", "PHASE", "SDLLM",
+    "SSA_ONLY",
+]  # fmt: skip
 
 ATTENTION: Mapping[str, Any] = {"normalizer": "leak", "output": "current"}
 """Options of replace-attention that the recipes choose, the winner of the comparison in docs/results.md. Binary Q and K, ternary V and
@@ -102,6 +105,25 @@ LOSSLESS_SPARSE = Recipe(
         Step("spike-products", {"steps": 6, "base": 2.0, "price": 0.9, "probability_steps": 4}),
         Step("encode-linears", {"code": "digits", "steps": 6, "base": 2.0, "price": 0.9}),
         Step("mixed-steps", {"events": 1.75, "fewest": 3}),
+    ),
+)
+
+LOSSLESS_SPIKING = Recipe(
+    name="lossless-spiking",
+    summary="Nothing trained: lossless, and softmax, norms, activations and gated products of spikes, too.",
+    source="ntc's own: lossless with few-spikes neurons (Stoeckl and Maass 2021, 10.1038/s42256-021-00311-4; several side by side: LAS, "
+    "arXiv 2505.09659) and incremental products of trains (LAS); measured in docs/recipes.md",
+    spiking="what lossless makes spiking; exp and the division of softmax, norms, activations and gated products",
+    analog="rotary positions, embeddings, residual stream; transforms of queries, keys and gated products; sums of real values in softmax "
+    "and norms, the largest score of a row, products with steps, which are measured for tokens and rows while the network runs; weights in "
+    "float",
+    steps=(
+        Step("canonicalize"),
+        Step("fold-norms"),
+        Step("rotate", {"online": "ffn"}),
+        Step("spike-functions", {**dict.fromkeys(("activation", "gate", "norm", "softmax"), "spiking"), "steps": 8}),
+        Step("spike-products", {"steps": 8}),  # behind spike-functions, which opens attention
+        Step("encode-linears", {"code": "digits", "steps": 8}),
     ),
 )
 

@@ -90,7 +90,7 @@ def test_unknown_names_get_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="there is no pass called 'canonicalise'; did you mean canonicalize"):
         registry.find_pass("canonicalise")
     recipes = registry.names_of("recipe")
-    assert {"ecmt", "ffn-only", "las", "lossless", "lossless-sparse", "neurtransformer", "phase", "sdllm", "ssa-only"} <= set(recipes)
+    assert {"ecmt", "ffn-only", "las", "lossless", "lossless-sparse", "lossless-spiking", "neurtransformer", "phase", "sdllm", "ssa-only"} <= set(recipes)
     with pytest.raises(ConfigError, match=f"there is no recipe called 'qqq'; there are {', '.join(sorted(recipes))}$"):
         registry.recipe("qqq")
     with pytest.raises(ConfigError, match="there is no backend called 'onx'; did you mean onnx"):
