@@ -92,19 +92,20 @@ LOSSLESS = Recipe(
 
 LOSSLESS_SPARSE = Recipe(
     name="lossless-sparse",
-    summary="Nothing trained: digits of base 2 with the fewest spikes, time steps per site under a budget of events.",
-    source="ntc's own: lossless with the non-adjacent form (Reitwiesner 1960), a price on spikes and mixed steps; measured in "
-    "docs/recipes.md",
+    summary="Nothing trained, nothing measured while it runs: digits with the fewest spikes, steps per site under a budget of events.",
+    source="ntc's own: principal axes (Karhunen-Loeve), the non-adjacent form (Reitwiesner 1960), a price on spikes, and steps by Fisher "
+    "information (reverse water-filling); measured in docs/recipes.md",
     spiking=LOSSLESS.spiking,
-    analog=LOSSLESS.analog,
+    analog="softmax (exp and one division per result), RMSNorm, SiLU and the gated product, rotary positions, embeddings, residual stream; "
+    "weights in float",
     steps=(
         Step("canonicalize"),
         Step("fold-norms"),
-        Step("rotate", {"online": "ffn"}),
-        # A price of 1 would put the largest channel of every token, N steps, on the threshold of the last digit exactly.
-        Step("spike-products", {"steps": 6, "base": 2.0, "price": 0.9, "probability_steps": 4}),
-        Step("encode-linears", {"code": "digits", "steps": 6, "base": 2.0, "price": 0.9}),
-        Step("mixed-steps", {"events": 1.75, "fewest": 3}),
+        Step("rotate", {"kind": "principal"}),
+        # Ten steps are where mixed-steps sets out from: fine enough that sensitivities are those of the original.
+        Step("spike-products", {"steps": 10, "base": 2.0, "price": 0.9, "probability_steps": 4, "scale": "channel"}),
+        Step("encode-linears", {"code": "digits", "steps": 10, "base": 2.0, "price": 0.9, "scale": "static"}),
+        Step("mixed-steps", {"events": 1.4}),
     ),
 )
 
