@@ -39,7 +39,7 @@ def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> _Window |
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls while we export: heads ``[B, H, L, D]`` in, ``[B, L, H, D]`` out."""
     name = type(module).__name__
@@ -47,6 +47,7 @@ def _attention(
         raise CaptureError(f"{name} attends to later tokens: ntc compiles causal language models, not encoders")
     if kwargs.get("s_aux") is not None:
         raise CaptureError(f"{name} has attention sinks (s_aux), a score of no token in every softmax, which ntc does not capture")
+    mask = attention_mask  # some models give it by this name
     if mask is not None and not isinstance(mask, _Window):
         raise CaptureError(f"{name} is given a mask of the model's own making; ntc captures causal masks, with or without a sliding window")
     window, told = _seen(module, mask.tokens if mask is not None else None), _seen(module, kwargs.get("sliding_window"))

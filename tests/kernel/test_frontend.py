@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BloomConfig, BloomForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ntc
-from ntc import CaptureError, DataError, NtcError
+from ntc import CaptureError, DataError, NtcError, frontend
+from ntc.attention_hook import our_attention
 from ntc.frontend import CAPTURE_TOLERANCE
 from ntc.loading import load_tokenizer
 from ntc.program import check_ids, interpret
@@ -85,6 +88,40 @@ def test_no_size_of_the_example_is_baked_in(shape: tuple[int, int]) -> None:
     model = NanoGPT(layers=1)
     program = ntc.capture(model, example=example_ids(61, *shape))
     assert_same(program, model, 24)
+
+
+def test_large_logits_have_large_rounding() -> None:
+    model = tiny_gpt2(n_layer=1, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight *= 1e5
+    program = ntc.capture(model)
+    assert 0 < program.history[0].drift < 1e-5 * float(program(program.example).detach().abs().max())
+
+
+def test_a_capture_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = frontend._own_attention_logits
+    monkeypatch.setattr(frontend, "_own_attention_logits", lambda model, ids: own(model, ids) + 2e-4)
+    with pytest.raises(CaptureError, match=r"the capture of GPT2LMHeadModel differs from the model by 0.0002.* in its logits \(limit 0.0001\)"):
+        ntc.capture(tiny_gpt2(n_layer=1))
+
+
+def test_an_op_without_shapes_is_named_and_torch_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    """BLOOM's baddbmm: torch logs a traceback before it raises, which is nobody's answer."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "n_layer": 1, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    sentence = r"torch knows no shapes of BloomForCausalLM for any batch and length at node %baddbmm \(transformer\.h\.0.*in forward\): [A-Z]"
+    with pytest.raises(CaptureError, match=sentence):
+        ntc.capture(BloomForCausalLM(BloomConfig(**sizes)).eval())
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_mask_may_be_given_by_name() -> None:
+    """The interface of transformers calls it ``attention_mask``, and some families give it so."""
+    model = tiny_gpt2(n_layer=1)
+    with our_attention(model):
+        given = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+        heads = torch.ones(1, 4, 3, 8)
+        y, _ = given(model.transformer.h[0].attn, heads, heads, heads, attention_mask=None)
+    assert y.shape == (1, 3, 4, 8)
 
 
 def test_tied_weights_stay_one_tensor() -> None:
