@@ -49,7 +49,9 @@ def programs(analog: Program, context: Context, args: argparse.Namespace) -> Ite
     for name in args.recipe:
         for intervals, steps in settings:
             chosen = recipe(name).without("canonicalize")
-            given = {"steps": steps, "spike-functions.intervals": intervals}
+            given = {"steps": steps}
+            if any(step.name == SpikeFunctions.name for step in chosen.steps):
+                given["spike-functions.intervals"] = intervals
             made = compile_model(analog, recipe=chosen, settings=Settings(given), calibration=context.calibration)
             yield name, steps, intervals, made.program
 
