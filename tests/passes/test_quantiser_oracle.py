@@ -13,9 +13,10 @@ from benchmarks.quantiser_oracle import compared
 @pytest.mark.parametrize("network", ["llama", "gpt2"])
 @pytest.mark.parametrize(("recipe", "steps"), [("sdllm", 7), ("las", 16), ("las", 5)])
 def test_a_program_is_its_quantiser(recipe: str, steps: int, network: str) -> None:
-    """Within 1 % of perplexity; and nearer to the oracle than the network is, or the oracle would be no oracle."""
+    """In float64 they are the same, but for weights that were multiplied with steps in float32; and the network is not, or nothing was tested."""
     source = tiny_gpt2() if network == "gpt2" else model(network)
     made = ntc.compile(source, recipe=recipe, steps=steps, calibration=CALIBRATION)
-    found = compared(made, ntc.capture(source), TOKENS.windows)
-    assert abs(found["program"] / found["oracle"] - 1) < 0.01
-    assert found["kl"] < found["kl_network"] / (3 if steps < 16 else 1), found
+    found = compared(made, TOKENS.windows)
+    assert abs(found["program"] / found["oracle"] - 1) < 1e-4
+    assert found["kl"] < 1e-7, found
+    assert steps == 16 or found["kl"] < found["kl_network"] / 10, found  # sixteen steps are as fine as float32
