@@ -102,9 +102,10 @@ LOSSLESS_SPARSE = Recipe(
         Step("canonicalize"),
         Step("fold-norms"),
         Step("rotate", {"kind": "principal"}),
-        # Ten steps are where mixed-steps sets out from: fine enough that sensitivities are those of the original.
-        Step("spike-products", {"steps": 10, "base": 2.0, "price": 0.9, "probability_steps": 4, "scale": "channel"}),
-        Step("encode-linears", {"code": "digits", "steps": 10, "base": 2.0, "price": 0.9, "scale": "static"}),
+        # Where mixed-steps sets out from: fine enough that sensitivities are those of the original, with room for twice what the text has.
+        # A digit of room costs no spike, and tokens that rest on one channel cannot do without it.
+        Step("spike-products", {"steps": 12, "base": 2.0, "probability_steps": 4, "scale": "channel", "ratio": 2.0}),
+        Step("encode-linears", {"code": "digits", "steps": 12, "base": 2.0, "price": 0.9, "scale": "static", "ratio": 2.0}),
         Step("mixed-steps", {"events": 1.4}),
     ),
 )

@@ -85,7 +85,8 @@ def sensitivities(
             train.register_hook(take)  # type: ignore[no-untyped-call]
             return train
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
+        packer = _Packer()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(packer.pack, packer.unpack):
             logits = interpret(program, ids, visit, tensors=frozen).flatten(0, 1)
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw).squeeze(1)
             torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
@@ -107,14 +108,23 @@ def _windows(program: Program, calibration: Calibration, tokens: int) -> Iterato
                 left -= part.numel()
 
 
-def _packed(saved: Tensor) -> Tensor | tuple[Tensor, torch.dtype]:
-    """Trains are kept for the way back in a byte per spike: they are most of what is kept."""
-    if saved.dim() > 3 and saved.is_floating_point():
-        small = saved.to(torch.int8)
-        if torch.equal(small.to(saved.dtype), saved):
-            return small, saved.dtype
-    return saved
+class _Packer:
+    """Keeps trains for the way back in a byte per spike, once for all layers that read one: they are most of what is kept."""
 
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None  # the train itself, too: its address is nobody else's as long as it is here
 
-def _unpacked(kept: Tensor | tuple[Tensor, torch.dtype]) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept[0].to(kept[1])
+    def pack(self, saved: Tensor) -> Tensor | tuple[Tensor, torch.dtype]:
+        """What is kept of a tensor."""
+        if saved.dim() <= 3 or not saved.is_floating_point():
+            return saved
+        if self._last is None or saved.data_ptr() != self._last[0].data_ptr() or saved.shape != self._last[0].shape:
+            small = saved.detach().to(torch.int8)
+            if not torch.equal(small.to(saved.dtype), saved):
+                return saved
+            self._last = saved.detach(), small
+        return self._last[1], saved.dtype
+
+    def unpack(self, kept: Tensor | tuple[Tensor, torch.dtype]) -> Tensor:
+        """The tensor again."""
+        return kept if isinstance(kept, Tensor) else kept[0].to(kept[1])
