@@ -76,7 +76,7 @@ def rows(steps: list[int]) -> Iterator[Row]:
     for t in steps:
         yield Row("lossless", "lossless", t)
     yield Row("lossless, static", "lossless", 8, options={"scale": "static"})
-    for events in (1.4, 1.2, 1.0):  # twelve steps at first: each site has its own in the end
+    for events in (1.5, 1.4, 1.2):  # twelve steps at first: each site has its own in the end
         yield Row(f"lossless-sparse, {events:g} events", "lossless-sparse", 12, options={"events": events})
     yield Row("lossless-sparse, 1 % predicted", "lossless-sparse", 12, options={"events": 0, "change": 0.01})
     yield Row("lossless-sparse, 1.2 events, Hadamard axes", "lossless-sparse", 12, options={"events": 1.2, "kind": "hadamard"})
