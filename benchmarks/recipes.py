@@ -14,7 +14,6 @@ Calibration text is read by what asks for it. Each finished row is a line of --o
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -88,6 +87,7 @@ def rows(steps: list[int]) -> Iterator[Row]:
     yield Row("las", "las", 16)
     for t in (4, 10):
         yield Row("ecmt", "ecmt", t)
+    yield Row("lossless-spiking", "lossless-spiking", 8)
     for t in steps:
         yield Row("lossless, learned bases", "lossless", t, options={"base": "learned"})
     yield Row("lossless, per channel", "lossless", 8, options={"scale": "channel"})
@@ -149,7 +149,7 @@ def _per_value(report: EnergyReport) -> dict[str, float]:
     groups = {name: [0.0, 0.0] for name in GROUPS}
     for node in report.to_json()["nodes"]["snn"]:
         if node.get("neurons"):
-            inside = node["op"] == "ntc.coded_attention" or node["node"].endswith(("_q_spikes", "_k_spikes", "_v_spikes"))
+            inside = node["op"] == "ntc.coded_attention" or node["node"].endswith(("_q_spikes", "_k_spikes", "_v_spikes", "_p_spikes"))
             for group in ("all", "attention" if inside else "linear layers"):
                 groups[group][0] += node.get("spikes", 0.0)
                 groups[group][1] += node["neurons"]
@@ -309,7 +309,7 @@ def _measure_missing(args: argparse.Namespace, wanted: Sequence[Row], done: dict
     network, tokenizer = capture(args.model), load_tokenizer(args.model)
     analog = run_pipeline(network, [find_pass("canonicalize")()])
     tokens = tokens_from(args.data, tokenizer, args.window, args.window * args.windows)
-    counted = Tokens(tokens.windows[: args.count_windows], tokens.description, hashlib.sha256(b"").hexdigest())
+    counted = tokens.first(args.count_windows)
     calibration = calibration_from(tokens_from(args.calibration, tokenizer, args.window, 4096)) if args.calibration else None
     original = losses(analog, tokens)
     print(f"original: {math.exp(float(original.mean())):.4f} on {tokens.description}", flush=True)
