@@ -10,6 +10,8 @@ within that of its threshold. Whether it does is measured, and how far "within" 
   ``+- sqrt(n) eps`` of itself, the sign at random for each element; n is the largest number of terms that one of its readers adds up
   (Monte Carlo arithmetic; Parker 1997). What arrives at the membranes and logits has gone through the network's own arithmetic, so
   cancellation and amplification are those of this network. In each place the root mean square of the ``SAMPLES`` deviations is taken.
+  Neurons inside of an op, as those of the numerators of ``ntc::coded_attention``, are held by nobody, and their ties are too rare to be met
+  in so few samples: each result is also moved by one spike of theirs (``OpSpec.one_spike``), of a sign drawn per sample and token.
 - *Limit.* Of a neuron at a step, ``SAFETY`` (the g above: 8, probability ``n 10^-14``) times its largest deviation at any token, relative
   to its threshold, and ``(T + 4) eps`` for the T additions and subtractions in the membrane. Step by step, since digits have thresholds
   that fall: what rounding does to the last digit excuses nothing in the first.
@@ -80,6 +82,10 @@ def limits(program: Program, one: Recorded, wanted: Sequence[str] = ()) -> Limit
                 membranes[node.name] = SAFETY * deviation.amax(1) + (len(train) + 4) * torch.finfo(fired.dtype).eps
             return moved(node, fired.expand(-1, SAMPLES, -1, -1))
         if isinstance(value, Tensor) and value.is_floating_point():
+            spec = spec_of(node)
+            if spec is not None and spec.one_spike is not None:
+                signs = torch.randint(0, 2, (*value.shape[:-1], 1), generator=generator).to(value.dtype) * 2 - 1
+                value = value + signs * spec.one_spike(args, value)
             if node.name in wanted:
                 values[node.name] = _reach(value, one.values[node.name])
             return moved(node, value)

@@ -28,7 +28,7 @@ Gradients are straight through: those of ``ntc::attention`` at the decoded Q, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,34 +136,46 @@ def coded_attention(
         ValueError: If an argument has another shape.
     """
     _check((query, key, value), (query_step, key_step, value_step), (weights, levels, thresholds), heads, kv_heads, per_token)
-    return _run(query, key, value, query_step, key_step, value_step, weights, levels, thresholds, heads, kv_heads, scale, per_token)[0]
+    return _run((query, key, value, query_step, key_step, value_step, weights, levels, thresholds, heads, kv_heads, scale, per_token))
 
 
-def _run(
+def _heads(
     query: Tensor, key: Tensor, value: Tensor, query_step: Tensor, key_step: Tensor, value_step: Tensor, weights: Tensor, levels: Tensor,
-    thresholds: Tensor, heads: int, kv_heads: int, scale: float, per_token: bool, count: bool = False,
-) -> tuple[Tensor, float]:  # fmt: skip
-    """The result or, if they are counted, spikes of the numerators alone. One head at a time: its scores stay in the cache of a core."""
+    thresholds: Tensor, heads: int, kv_heads: int, scale: float, per_token: bool = False, count: bool = False,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]]:  # fmt: skip
+    """E, P, the sum below the fraction, values, means of the values up to each token, and spikes; one head at a time, whose scores stay in
+    the cache of a core.
+    """
     q, k, v = weighted(query, weights), weighted(key, weights), weighted(value, weights)
     q, k = split_heads(q * spread(query_step, q), heads) * scale, split_heads(k * spread(key_step, k), kv_heads)
     sizes = value_step.transpose(-1, -2).unsqueeze(-2) if per_token else None  # [B, Hk, 1, L]
     v = split_heads(v if per_token else v * value_step, kv_heads)
-    length, group, spikes = q.shape[-2], heads // kv_heads, 0.0
+    length, group = q.shape[-2], heads // kv_heads
     hidden = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
-    sums, seen = v.cumsum(-2), torch.arange(1, length + 1, dtype=q.dtype, device=q.device).unsqueeze(-1)
-    results = []
+    means = v.cumsum(-2) / torch.arange(1, length + 1, dtype=q.dtype, device=q.device).unsqueeze(-1)
     for head in range(heads):
         own = head // group
         scores = (q[..., head, :, :] @ k[..., own, :, :].transpose(-1, -2)).add_(hidden)
         a = torch.ones((), dtype=q.dtype, device=q.device) if sizes is None else sizes[..., own, :, :]
         exact, coded, found = coded_probabilities(scores, a, levels, thresholds, count)
-        spikes += found
-        if count:
-            continue
         below = exact.sum(-1, keepdim=True) if sizes is None else exact @ a.reciprocal().transpose(-1, -2)
-        lost = (exact.sum(-1, keepdim=True) - coded.sum(-1, keepdim=True)) / seen
-        results.append((coded @ v[..., own, :, :] + lost * sums[..., own, :, :]) / below)
-    return (query if count else merge_heads(torch.stack(results, -3)).contiguous()), spikes
+        yield exact, coded, below, v[..., own, :, :], means[..., own, :, :], found
+
+
+def _run(arguments: tuple[Any, ...]) -> Tensor:
+    results = []
+    for exact, coded, below, v, means, _ in _heads(*arguments):
+        lost = exact.sum(-1, keepdim=True) - coded.sum(-1, keepdim=True)
+        results.append((coded @ v + lost * means) / below)
+    return merge_heads(torch.stack(results, -3)).contiguous()
+
+
+def _one_spike(arguments: Sequence[Any], result: Tensor) -> Tensor:
+    """How far one spike of a numerator's last digit, fired or not, moves each result: ``max_{j<=i} |u_j - mean u|`` over the sum below."""
+    found = []
+    for _, _, below, v, means, _ in _heads(*arguments):
+        found.append(torch.maximum(v.cummax(-2).values - means, means - v.cummin(-2).values) / below)
+    return merge_heads(torch.stack(found, -3)).contiguous()
 
 
 @coded_attention.register_fake
@@ -227,7 +239,7 @@ def _measure(tensors: Sequence[Tensor], result: Tensor, node: Node) -> dict[str,
     seen = torch.arange(1, query.shape[-2] + 1, dtype=torch.float64, device=query.device)
     numbers: tuple[Any, ...] = (*node.args[9:], False)[:4]
     given: tuple[Any, ...] = (*tensors[:9], *numbers, True)
-    spikes = _run(*given)[1]
+    spikes = sum(found for *_, found in _heads(*given))
     return {"meetings": float((per_token * seen).sum()), "numerator_spikes": spikes}
 
 
@@ -368,6 +380,6 @@ def _onnx(per_token: bool) -> str:
 CODED_ATTENTION = register(
     OpSpec(
         target=torch.ops.ntc.coded_attention.default, infer=_infer, count=_count, moves=_moves, measure=_measure, element="host",
-        kind="attention", onnx=_onnx(False) + _onnx(True),
+        kind="attention", onnx=_onnx(False) + _onnx(True), one_spike=_one_spike,
     )
 )  # fmt: skip

@@ -146,6 +146,8 @@ class OpSpec:
         membrane: Of populations: from the arguments and a train that was fired, the membrane before each decision, ``[T, ...]``, and the
             potentials from which on the next larger event is fired, the highest one first: one (0, 1), two (-1, 0, 1) or 2 N of them
             (0 and +-2^i, i < N); None = ties at a threshold cannot be told from mistakes (``ntc.rounding``).
+        one_spike: Of ops with neurons inside that their result does not show: from arguments and result, how far one spike of theirs moves
+            each of the results at most; None = there are none. Without it a tie in there would pass for a mistake (``ntc.rounding``).
         bound: Of the integer grade: the interval of the result and of what is held inside, from those of the arguments
             (``ntc.ops.interval``); None = the op has no integer form.
     """
@@ -160,6 +162,7 @@ class OpSpec:
     onnx: str | None = None
     traced: Callable[..., Tensor] | None = None
     membrane: MembraneRule | None = None
+    one_spike: Callable[[Sequence[Any], Tensor], Tensor] | None = None
     bound: BoundRule | None = None
 
 

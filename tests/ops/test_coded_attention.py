@@ -10,7 +10,7 @@ from op_cases import CURRENT, SPIKES, TERNARY, Constant, counts, infer, operand,
 from test_digit_neuron import tables
 
 from ntc.ops import TypeMismatch, attention, coded_attention, digit_neuron, spike_linear, token_step
-from ntc.ops.coded_attention import CODED_ATTENTION, coded_probabilities
+from ntc.ops.coded_attention import CODED_ATTENTION, _heads, coded_probabilities
 from ntc.spike_type import ANALOG, SpikeType
 
 LINEAR, ATTENTION = torch.ops.ntc.spike_linear.default, torch.ops.ntc.coded_attention.default
@@ -213,3 +213,31 @@ def test_counting():
     assert found.dense_macs == 2 * 6 * 3 * 8 and found.macs == 0
     assert found.acs == 50 + 20 * 9 and found.spikes == 20 and found.neurons == 6 * 2 and found.neuron_updates == 6 * 2 * 3
     assert coded_attention(spikes, spikes, spikes, step, step, step, w, w, theta, 1, 1, 0.5, True).shape == (2, 3, 8)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_one_spike_of_a_numerator_moves_no_result_further(per_token: bool) -> None:
+    """A threshold of the last digit that few numerators cross more: rows move by no more than their number of spikes, some by nearly one."""
+    heads, kv_heads = 4, 2
+    x = [random(2, 12, n * 6, grad=False, seed=s) for s, n in ((1, heads), (2, kv_heads), (3, kv_heads))]
+    w, theta = tables(3.0, 6, dtype=x[0].dtype)
+    trains, steps = [], []
+    for value, groups in zip(x, (heads, kv_heads, kv_heads), strict=True):
+        step = token_step(value, 1 / float(w.sum()), groups) if per_token else torch.full((1,), float(value.abs().max() / w.sum()))
+        step = step.to(value.dtype)
+        trains.append(digit_neuron(value, step, w, theta, per_token))
+        steps.append(step)
+    levels, at = tables(3.0, 4, dtype=w.dtype)
+    lower = at.clone()
+    lower[-1] *= 0.98  # a few more of them fire
+    arguments = [*trains, *steps, w, levels, at, heads, kv_heads, 0.5, per_token]
+    other = [*arguments[:8], lower, *arguments[9:]]
+    before, after = coded_attention(*arguments), coded_attention(*other)
+    reach = CODED_ATTENTION.one_spike(arguments, before)
+    more = [(b[1] - a[1]).abs().sum(-1) for a, b in zip(_heads(*arguments), _heads(*other), strict=True)]  # [B, L] of each head
+    flips = torch.stack(more, -1).repeat_interleave(6, -1)
+    assert 0 < (flips > 0).double().mean() < 0.5
+    moved = (after - before).abs()
+    assert (moved <= reach * flips + 1e-12).all()
+    once = (flips == 1) & (reach > 1e-6)  # a first token has one key, and what its numerator loses it gets back
+    assert (moved[once] / reach[once]).max() > 0.5
