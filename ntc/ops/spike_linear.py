@@ -77,21 +77,32 @@ def _fake(spikes: Tensor, weights: Tensor, matrix: Tensor, step: Tensor | None =
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    spikes, weights, matrix, step, ctx.bias = inputs
-    ctx.save_for_backward(spikes, weights, matrix, step)
+    spikes, weights, matrix, step, _ = inputs
+    reread = any(ctx.needs_input_grad[1:4])  # a train is the largest tensor of a network: it is kept only for what needs it
+    ctx.save_for_backward(spikes if reread else None, weights, matrix, step)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Only what is asked for: where only the spikes' gradients are wanted, that of the matrix would double the work."""
     spikes, weights, matrix, step = ctx.saved_tensors
-    value, w = weighted(spikes, weights), weights.to(grad.dtype)
+    given = (*ctx.needs_input_grad, False, False)[:5]  # torch leaves out what a call leaves to its default
+    wanted = dict(zip(("spikes", "weights", "matrix", "step", "bias"), given, strict=True))
     to_scaled = grad @ matrix
     to_value = to_scaled if step is None else to_scaled * step
-    scaled = value if step is None else value * step
-    to_matrix = grad.flatten(0, -2).T @ scaled.flatten(0, -2)
-    to_weights = torch.mv(spikes.flatten(1), to_value.flatten()).to(weights.dtype)
-    to_step = None if step is None else (to_scaled * value).sum(-1, keepdim=True)
-    to_bias = None if ctx.bias is None else grad.flatten(0, -2).sum(0)
-    return w.reshape(-1, *[1] * grad.dim()) * to_value, to_weights, to_matrix, to_step, to_bias
+    to_spikes = to_weights = to_matrix = to_step = to_bias = None
+    if wanted["spikes"]:
+        to_spikes = weights.to(grad.dtype).reshape(-1, *[1] * grad.dim()) * to_value
+    if wanted["weights"]:
+        to_weights = torch.mv(spikes.flatten(1), to_value.flatten()).to(weights.dtype)
+    if wanted["matrix"] or wanted["step"]:
+        value = weighted(spikes, weights)
+        if wanted["matrix"]:
+            to_matrix = grad.flatten(0, -2).T @ (value if step is None else value * step).flatten(0, -2)
+        if wanted["step"]:
+            to_step = (to_scaled * value).sum(-1, keepdim=True)
+    if wanted["bias"]:
+        to_bias = grad.flatten(0, -2).sum(0)
+    return to_spikes, to_weights, to_matrix, to_step, to_bias
 
 
 spike_linear.register_autograd(_backward, setup_context=_setup)

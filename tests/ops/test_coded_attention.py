@@ -155,6 +155,25 @@ def test_gradients_of_a_linear_layer():
     torch.autograd.gradcheck(spike_linear, (spikes, w, matrix))
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_linear_layer_keeps_its_train_only_for_what_needs_it(stepped):
+    """With matrix and weights as they are, a run backwards keeps no train, and the gradient of the spikes is the same."""
+    spikes, step = coded(random(2, 3, 5, grad=False))
+    matrix, w, weight = random(4, 5, grad=False, seed=1), tables(3.0, 4, dtype=torch.float64)[0], random(2, 3, 4, grad=False, seed=3)
+    rest = (matrix, step.double()) if stepped else (matrix,)
+
+    def gradient(*others):
+        kept, train = [], spikes.double().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+            (spike_linear(train, *others) * weight).sum().backward()
+        return train.grad, tuple(spikes.shape) in kept
+
+    alone, kept = gradient(w, *rest)
+    whole, kept_by_training = gradient(w, *(r.clone().requires_grad_() for r in rest))
+    assert torch.equal(alone, whole)
+    assert (kept, kept_by_training) == (False, True)
+
+
 def test_shapes_that_do_not_fit():
     spikes, step = coded(random(2, 3, 8, grad=False, dtype=torch.float32))
     w, theta = tables(3.0, 4)
