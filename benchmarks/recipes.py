@@ -8,7 +8,8 @@
 Every row is a recipe with settings, run on the same captured network and measured on the same windows as the original: perplexity on all of
 them, with the interval of its change (paired bootstrap over windows), operations, events and energy on the first --count-windows.
 Calibration text is read by what asks for it. Each finished row is a line of --output; a second run measures only what is missing.
-``--page`` makes the tables of docs/comparison.md of all lines of --output, between the marks that name the model.
+``--page`` makes the tables of docs/comparison.md of all lines of --output, between the marks that name the model; rows of the page that
+have no line stay as they are, if they are of the same text and the same original.
 """
 
 from __future__ import annotations
@@ -217,11 +218,26 @@ def energy_table(lines: list[dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
-def section(lines: list[dict[str, Any]]) -> str:
+def _merged(new: str, old: str, order: Sequence[str]) -> str:
+    """A table with the rows of an older one of the same columns that it lacks; rows are known by label and T, and stand in order."""
+    head, rows = new.splitlines()[:2], {}
+    for line in [*old.splitlines(), *new.splitlines()]:
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if line.startswith("|") and line not in head and len(cells) == head[0].count(" | ") + 1:
+            rows[f"{cells[0]}, T = {cells[1]}"] = line
+    return "\n".join([*head, *(rows[key] for key in dict.fromkeys([*order, *rows]) if key in rows)])
+
+
+def section(lines: list[dict[str, Any]], page: str = "", order: Sequence[str] = ()) -> str:
     """The two tables of one network, with what they were measured on.
 
+    Args:
+        lines: New rows.
+        page: The same section as it was: rows that are not measured anew stay.
+        order: Keys of rows, in order; others follow.
+
     Raises:
-        SystemExit: If the lines are not of one original on one text.
+        SystemExit: If the lines are not of one original on one text, or those of the page are of another.
     """
     texts = sorted({d["data"] for d in lines})
     if len(texts) != 1:
@@ -231,13 +247,28 @@ def section(lines: list[dict[str, Any]]) -> str:
         raise SystemExit(f"these lines are of different originals: their perplexities are {ann[0]} to {ann[-1]}")
     tables = sorted({f"`{d.get('constants', 'horowitz-45nm-fp32')}`, `{d.get('memory', 'horowitz-45nm-sram')}`" for d in lines})
     counted = sorted({d["counted_tokens"] for d in lines})
-    return "\n\n".join([
+    measured = (
         f"{texts[0]}; the original has a perplexity of {ann[0]:.2f}. Events and operations of the first "
-        f"{' or '.join(f'{n:,}' for n in counted)} tokens.",
-        table(lines),
-        f"Energy, µJ per token, original → program ({'; '.join(tables)}; the changes under int8 and b bits are those of `{FEW_BITS}`):",
-        energy_table(lines),
-    ])  # fmt: skip
+        f"{' or '.join(f'{n:,}' for n in counted)} tokens."
+    )
+    columns = (
+        f"Energy, µJ per token, original → program ({'; '.join(tables)}; the changes under int8 and b bits are those of `{FEW_BITS}`):"
+    )
+    parts = page.strip().split("\n\n")
+    if len(parts) != 4:  # no such section yet
+        parts = [measured, "", columns, ""]
+    if [parts[0], parts[2]] != [measured, columns]:
+        raise SystemExit(f"these lines are of {measured} Rows of the page are not: remove them from it, or measure all of them again")
+    return "\n\n".join([measured, _merged(table(lines), parts[1], order), columns, _merged(energy_table(lines), parts[3], order)])
+
+
+def read_between(page: Path, name: str) -> str:
+    """The text between the marks ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of a page.
+
+    Raises:
+        SystemExit: If the page has no such marks.
+    """
+    return _cut(page, name)[1]
 
 
 def write_between(page: Path, name: str, text: str) -> None:
@@ -246,12 +277,18 @@ def write_between(page: Path, name: str, text: str) -> None:
     Raises:
         SystemExit: If the page has no such marks.
     """
+    before, _, after = _cut(page, name)
+    page.write_text(f"{before}\n\n{text}\n\n{after}", encoding="utf-8")
+
+
+def _cut(page: Path, name: str) -> tuple[str, str, str]:
+    """A page up to the end of the first mark, between the marks, and from the second one on."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
+    between, closed, after = rest.partition(end)
     if not found or not closed:
         raise SystemExit(f"{page} has no marks {begin} and {end}: put them where the tables of {name} belong")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+    return before + begin, between, end + after
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -291,7 +328,8 @@ def main() -> None:
     if args.markdown:
         print(table([d for d in found if chosen is None or d["label"] in chosen]))
     if args.page:
-        write_between(args.page, Path(args.model).name, section(found))
+        name = Path(args.model).name
+        write_between(args.page, name, section(found, read_between(args.page, name), order))
 
 
 def _measure_missing(args: argparse.Namespace, wanted: Sequence[Row], done: dict[str, dict[str, Any]]) -> None:

@@ -87,6 +87,17 @@ def test_lines_of_different_texts_or_originals_make_no_section(recipes: dict[str
         recipes["section"]([])
 
 
+def test_rows_of_the_page_stay_until_they_are_measured_anew(recipes: dict[str, Any]) -> None:
+    section, order = recipes["section"], ["lossless, T = 4", "las, T = 4"]
+    page = section([line(), line("mine")], "", order)
+    later = section([line("las"), line(perplexity=40.5)], f"\n\n{page}\n\n", order)
+    for table in (later.split("\n\n")[1], later.split("\n\n")[3]):
+        assert [row["recipe"] for row in cells(table)] == ["lossless", "las", "mine"]
+    assert [row["perplexity"] for row in cells(later.split("\n\n")[1])] == ["40.50", "41.00", "41.00"]
+    with pytest.raises(SystemExit, match=r"these lines are of b\.txt.* Rows of the page are not"):
+        section([line(data="b.txt")], page, order)
+
+
 @pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct.Q4_1.gguf", "gpt2-books"])
 def test_the_page_has_tables_of_this_form(recipes: dict[str, Any], name: str) -> None:
     page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
