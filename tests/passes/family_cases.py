@@ -40,6 +40,7 @@ class Family:
         activation: The op of its FFN.
         gated: Whether its FFN has a gate, so that the neurtransformer recipe refuses it.
         rotary: Whether queries and keys are rotated, so that neurons do not stand right behind their projections.
+        config_stem: Of its config, where that is named otherwise.
     """
 
     stem: str
@@ -51,6 +52,7 @@ class Family:
     activation: str = "silu"
     gated: bool = True
     rotary: bool = True
+    config_stem: str = ""
 
 
 FAMILIES = {
@@ -67,7 +69,20 @@ FAMILIES = {
         "Gemma2", {**_WIDE_HEADS, "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}, 0, ((4, 2.0),), norms=5,
         activation="gelu",
     ),
+    "gemma3": Family(
+        "Gemma3", {
+            **_WIDE_HEADS, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4,
+            "query_pre_attn_scalar": 8,
+        }, 1, ((4, 0.0),), norms=13, activation="gelu", config_stem="Gemma3Text",
+    ),
+    "olmo": Family("Olmo", norm="layer_norm"),
     "olmo2": Family("Olmo2", norms=5),
+    "cohere": Family("Cohere", {**_GROUPED, "pad_token_id": 0}, norm="layer_norm", norms=2),
+    "stablelm": Family("StableLm", norm="layer_norm"),
+    "starcoder2": Family(
+        "Starcoder2", {**_GROUPED, "sliding_window": 4}, 0, ((4, 0.0),), norm="layer_norm", activation="gelu", gated=False,
+    ),
+    "phi": Family("Phi", _GROUPED, norm="layer_norm", norms=2, activation="gelu", gated=False),
     "phi3": Family("Phi3", {**_GROUPED, "pad_token_id": 0}),
     "gpt-neox": Family("GPTNeoX", _SIZES, norm="layer_norm", activation="gelu", gated=False),
     "opt": Family(
@@ -83,7 +98,8 @@ CONVERTED = ("mistral", "opt")
 def model(name: str) -> PreTrainedModel:
     """The model of a family, of random weights whose logits vary, in evaluation mode; nobody changes it."""
     family = FAMILIES[name]
-    made: PreTrainedModel = getattr(transformers, f"{family.stem}ForCausalLM")(getattr(transformers, f"{family.stem}Config")(**family.config))
+    config = getattr(transformers, f"{family.config_stem or family.stem}Config")(**family.config)
+    made: PreTrainedModel = getattr(transformers, f"{family.stem}ForCausalLM")(config)
     randomize(made, seed=0)
     return made.eval()
 
