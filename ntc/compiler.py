@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import gc
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from ntc.program import Program
 from ntc.recipe import Recipe, Settings, Step
 from ntc.registry import Backend, backend, find_pass
 from ntc.registry import recipe as find_recipe
-from ntc.scratch import default_folder, is_mapped, offered
+from ntc.scratch import default_folder, give_back, is_mapped, offered
 from ntc.text import Tokens, calibration_from, random_tokens, read_text, tokens_from
 
 __all__ = [
@@ -165,7 +164,7 @@ def compile_model(
         if isinstance(model, str | Path):
             _let_go_of_the_file(program, analog)
         del program  # its weights in the model's own layout are not needed any more
-        gc.collect()  # torch.export leaves cycles that hold all of them
+        give_back()  # torch.export leaves cycles that hold all of them
         lap("canonicalize")
         left = [p for p in passes[split:] if not (until_quantize and p.name == _QUANTIZE)]
         compiled = run_pipeline(analog, left, context)

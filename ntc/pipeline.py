@@ -24,6 +24,7 @@ from torch.fx import Node
 from ntc.errors import ConfigError, NtcError, PassError, VerifyError
 from ntc.meta import module_of
 from ntc.program import PassRecord, Program, interpret
+from ntc.scratch import give_back
 from ntc.verify import max_difference, verify
 
 __all__ = ["LEFT_ANALOG", "Calibration", "Context", "NoOptions", "Override", "Pass", "PassResult", "exact_limit", "run_pipeline"]
@@ -245,6 +246,7 @@ def run_pipeline(program: Program, passes: Sequence[Pass], context: Context | No
     for number, step in enumerate(passes):
         context.progress(step.name, number, len(passes))
         program = _run_one(program, step, context, number)
+        give_back()  # a pass leaves a program that nobody needs, and the activations that it measured
     context.progress("done", len(passes), len(passes))
     return program
 

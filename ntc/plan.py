@@ -14,14 +14,12 @@ now. Time is that of all processors together; memory is what the kernel cannot d
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import re
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ from ntc.program import Program
 from ntc.recipe import Recipe, Settings
 from ntc.registry import find_pass
 from ntc.registry import recipe as find_recipe
-from ntc.scratch import LARGE_BYTES, offered
+from ntc.scratch import LARGE_BYTES, give_back, offered
 from ntc.text import calibration_from, random_tokens
 
 __all__ = ["Plan", "Rates", "Stage", "measure", "plan"]
@@ -309,9 +307,7 @@ def _compiled(config: Any, recipe: Recipe, settings: Settings, on_disk: bool, ke
 @contextmanager
 def _measured(name: str, stages: list[Stage]) -> Iterator[None]:
     """Processor time and the peak of memory of a block."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # what was freed before is no memory of this stage; glibc keeps some of it
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()  # what was freed before is no memory of this stage
     peak, done = [_not_droppable()], threading.Event()
 
     def look() -> None:

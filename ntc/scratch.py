@@ -8,11 +8,13 @@ back at once, so that after a run a program costs no memory.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from ntc.errors import ArtifactError
 
-__all__ = ["LARGE_BYTES", "considered", "default_folder", "is_mapped", "kept", "offered", "released", "room_for", "unwritable"]
+__all__ = ["LARGE_BYTES", "considered", "default_folder", "give_back", "is_mapped", "kept", "offered", "released", "room_for", "unwritable"]
 
 LARGE_BYTES = 2 << 30
 """Networks with more float32 weights than this are kept on disk; below it three generations of weights fit into 8 GiB."""
@@ -124,6 +126,13 @@ def kept(value: Tensor) -> Tensor:
 def is_mapped(value: Tensor) -> bool:
     """Whether a tensor lies in a file of ours."""
     return value.device.type == "cpu" and value.untyped_storage().data_ptr() in _MAPS
+
+
+def give_back() -> None:
+    """Give memory of values that are gone back to the system: cycles hold programs, and glibc keeps freed blocks of up to 32 MB."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # other libraries of C have no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def released(tensors: Iterable[Tensor]) -> None:

@@ -69,7 +69,7 @@ class Digits:
             stem += f".price_{self.price:g}".replace("0.", "0_")
         names = (f"{stem}.weights", f"{stem}.thresholds")
         for name, values in zip(names, (self.weights, digit_thresholds(self.weights, self.price)), strict=True):
-            if name not in program.tensors:
+            if program.tensor_or_none(name) is None:
                 program.add_tensor(name, torch.tensor(values), trainable=False)
         return names
 

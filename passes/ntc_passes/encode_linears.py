@@ -64,7 +64,7 @@ from ntc_passes.digits import (
     range_of,
     sampled,
 )
-from ntc_passes.new_weights import NewWeights, constant_weights
+from ntc_passes.new_weights import NewWeights, constant_weights, times
 from ntc_passes.replace_attention import check_percentile, check_switch
 
 __all__ = ["EncodeLinears", "refusal"]
@@ -135,7 +135,7 @@ class EncodeLinears(Pass):
 
     name = "encode-linears"
     requires = frozenset({"canonical"})
-    provides = frozenset({"spiking"})
+    provides = frozenset({"spiking", "coded"})
     required = True
     Options = Options
 
@@ -205,10 +205,10 @@ def _encode(
     spikes, per_token, step = neurons[source, options]
     unit = 2.0**options.steps if options.code == "phase" else 1.0
     if per_token is not None:
-        stored = weights.of(matrix, ("unit", unit), lambda w: w * unit, layer) if unit != 1 else str(matrix.target)
+        stored = weights.of(matrix, ("unit", unit), times(unit), layer) if unit != 1 else str(matrix.target)
     else:
         columns = program.tensor(step).detach().double() * unit
-        stored = weights.of(matrix, ("step", step, unit), lambda w: w * columns, layer)
+        stored = weights.of(matrix, ("step", step, unit), times(columns), layer)
     with building(program.graph, before=layer, stands_for=[layer], by=EncodeLinears.name) as call:
         current = call(aten.linear.default, spikes, call(stored, at=layer), name=layer.name)
         value = call(_OPS.decode.default, current, options.code, name=f"{layer.name}_decoded")
@@ -271,7 +271,7 @@ def _encode_digits(
     for i, site in enumerate(sites):
         if site.known:
             columns = program.tensor(site.known).detach().double()
-            stored[i] = weights.of(matrix, ("step", site.known), columns.mul, layer, "outliers" if i else "")
+            stored[i] = weights.of(matrix, ("step", site.known), times(columns), layer, "outliers" if i else "")
     with building(program.graph, before=layer, stands_for=[layer], by=EncodeLinears.name) as call:
         parts = []
         for i, (site, name) in enumerate(zip(sites, stored, strict=True)):

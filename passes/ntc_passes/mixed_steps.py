@@ -37,7 +37,7 @@ from ntc.ops.spike_linear import weighted
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
 from ntc_passes.digits import Digits, check_steps
-from ntc_passes.new_weights import NewWeights
+from ntc_passes.new_weights import NewWeights, times
 from ntc_passes.sensitivity import Sensitivity, sensitivities
 
 __all__ = ["MixedSteps"]
@@ -239,7 +239,7 @@ def _write(program: Program, site: _Site, k: Tensor, system: Digits, weights: Ne
             if not per_token:
                 matrix = reader.args[2]
                 assert isinstance(matrix, Node)
-                reader.update_arg(2, call(weights.of(matrix, ("wider", node.name), k.double().mul, reader)))
+                reader.update_arg(2, call(weights.of(matrix, ("wider", node.name), times(k), reader)))
 
 
 def _notes(sites: Sequence[_Site], chosen: dict[Node, tuple[Tensor, Digits]], g: float, most: int, weights: NewWeights) -> dict[str, Any]:

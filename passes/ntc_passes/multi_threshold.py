@@ -47,7 +47,7 @@ from ntc.pipeline import LEFT_ANALOG, Context, Pass, PassResult
 from ntc.program import Program
 from ntc_passes.digits import check_steps, range_of, sampled
 from ntc_passes.encode_linears import refusal
-from ntc_passes.new_weights import NewWeights
+from ntc_passes.new_weights import NewWeights, times
 from ntc_passes.replace_attention import check_percentile, check_switch
 
 __all__ = ["MultiThreshold"]
@@ -114,7 +114,7 @@ class MultiThreshold(Pass):
 
     name = "multi-threshold"
     requires = frozenset({"canonical"})
-    provides = frozenset({"spiking"})
+    provides = frozenset({"spiking", "coded"})
     required = True
     Options = Options
 
@@ -150,7 +150,7 @@ def _convert(program: Program, layer: Node, options: Options, weights: NewWeight
             neurons[source, options] = call(_OPS.mt_neuron.default, *args, name=f"{source.name}_spikes"), name
     spikes, theta = neurons[source, options]
     columns = options.unit(samples[source], program.tensor(theta).detach())
-    stored = weights.of(matrix, ("threshold", theta), columns.mul, layer)
+    stored = weights.of(matrix, ("threshold", theta), times(columns), layer)
     with building(program.graph, before=layer, stands_for=[layer], by=MultiThreshold.name) as call:
         current = call(aten.linear.default, spikes, call(stored, at=layer), *bias, name=layer.name)
         value = call(_OPS.decode.default, current, "rate", name=f"{layer.name}_decoded")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -13,7 +14,7 @@ from ntc.ops import aten
 from ntc.program import Program
 from ntc.scratch import released
 
-__all__ = ["NewWeights", "constant_weights"]
+__all__ = ["NewWeights", "constant_weights", "times"]
 
 
 def constant_weights(layer: Node) -> str:
@@ -23,6 +24,11 @@ def constant_weights(layer: Node) -> str:
         if isinstance(part, Node) and part.op != "get_attr":
             return f"%{part.name}, its weight or bias, is computed and not a constant"
     return ""
+
+
+def times(factor: Tensor | float) -> Callable[[Tensor], Tensor]:
+    """What multiplies a matrix by a number, or its columns by one each, in place."""
+    return lambda matrix: matrix.mul_(factor)
 
 
 class NewWeights:
@@ -44,7 +50,7 @@ class NewWeights:
         Args:
             tensor: The old one.
             change: What ``make`` does: equal for equal changes.
-            make: From float64 to float64; rounded to the old dtype.
+            make: From float64, a copy that it may write into, to float64; rounded to the old dtype.
             layer: Who uses it; a weight that several modules share gets the name of this one.
             leaf: For a tensor that stands beside the old one and not in its place: ``bias`` beside ``weight``.
         """
@@ -55,7 +61,7 @@ class NewWeights:
             self._asked[wanted] += 1
             if (number := self._asked[wanted]) > 1:  # two tensors cannot both get the name when it is free
                 wanted = f"{wanted}_{number - 1}"
-            self._made[old, change] = given = self.program.add_tensor(wanted, make(value.double()).to(value.dtype))
+            self._made[old, change] = given = self.program.add_tensor(wanted, make(value.to(torch.float64, copy=True)).to(value.dtype))
             released([value])  # of a large network one weight is in memory at a time
             if not leaf:
                 self._in_place.setdefault(old, []).append((wanted, given))
