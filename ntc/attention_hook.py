@@ -25,16 +25,41 @@ __all__ = ["our_attention"]
 
 _NAME = "ntc"
 
+_NOT_CAPTURED = ("position_bias", "sinks", "indices", "block_indices")
+"""What attention functions of transformers are given beside the usual: numbers added to scores or keys, and tokens picked."""
+
+
+class _NoTensor:
+    """Stands where transformers hands on a mask: the attention function reads it, and a model that computes with its mask cannot."""
+
+    def _refused(self, *args: Any) -> Any:
+        raise TypeError("it computes with its mask itself, where ntc has the attention function read it")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refused
+    __and__ = __rand__ = __or__ = __ror__ = __invert__ = __getitem__ = _refused
+
 
 @dataclass(frozen=True)
-class _Window:
-    """Stands where transformers hands on a mask: the number of tokens that a token sees, itself among them."""
+class _Window(_NoTensor):
+    """A sliding window: the number of tokens that a token sees, itself among them."""
 
     tokens: int
 
 
-def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> _Window | None:
-    """The mask function that transformers calls while we export; None is the causal mask."""
+class _Other(_NoTensor):
+    """A mask that is neither the causal one nor one of a sliding window."""
+
+
+def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> _Window | _Other | None:
+    """The mask function that transformers calls while we export; None is the causal mask.
+
+    What a model adds to its mask (``or_mask_function``, ``and_mask_function``, blocks that see all of themselves) comes as another
+    function, and masks of encoders with an option of their own. Such a mask may be the causal one on a short example, and another one on a
+    long text.
+    """
+    kind = getattr(kwargs.get("mask_function"), "__qualname__", "")
+    if kwargs.get("use_vmap") or "allow_is_bidirectional_skip" in kwargs or kind.startswith("or_masks"):
+        return _Other()
     return None if local_size is None else _Window(int(local_size))
 
 
@@ -44,9 +69,12 @@ def _attention(
     """The attention function that transformers calls while we export: heads ``[B, H, L, D]`` in, ``[B, L, H, D]`` out."""
     name = type(module).__name__
     if getattr(module, "is_causal", True) is False:
-        raise CaptureError(f"{name} attends to later tokens: ntc compiles causal language models, not encoders")
+        raise CaptureError(f"{name} says that it is not causal (is_causal = False): ntc compiles causal language models, not encoders")
     if kwargs.get("s_aux") is not None:
         raise CaptureError(f"{name} has attention sinks (s_aux), a score of no token in every softmax, which ntc does not capture")
+    more = next((given for given in _NOT_CAPTURED if kwargs.get(given) is not None), None)
+    if more:
+        raise CaptureError(f"{name} is given {more} beside queries, keys and values, which ntc does not capture")
     mask = attention_mask  # some models give it by this name
     if mask is not None and not isinstance(mask, _Window):
         raise CaptureError(f"{name} is given a mask of the model's own making; ntc captures causal masks, with or without a sliding window")
@@ -81,9 +109,14 @@ def our_attention(model: PreTrainedModel) -> Iterator[None]:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    kinds = getattr(model.config, "layer_types", None) or ()
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ()
     if "chunked_attention" in kinds:
         raise CaptureError(f"{type(model).__name__} attends within chunks of its text (chunked_attention), which ntc does not capture")
+    picked = getattr(config, "index_topk", None)
+    if picked:
+        name = type(model).__name__
+        raise CaptureError(f"{name} attends to {picked} tokens that an indexer picks (index_topk), which ntc does not capture")
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
     before = model.config._attn_implementation

@@ -12,7 +12,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ import ntc.ops
 from ntc.attention_hook import our_attention
 from ntc.errors import CaptureError, NtcError
 from ntc.loading import first_line, load_model
-from ntc.meta import stamp_captured, where
+from ntc.meta import raised_at, stamp_captured, where
 from ntc.program import ModelInfo, PassRecord, Program, interpret
 from ntc.scratch import considered, released
 
@@ -84,12 +84,13 @@ def _capture_hugging_face(model: PreTrainedModel, source: str, example: Tensor |
         raise CaptureError(f"{type(model).__name__} is an encoder-decoder model; ntc compiles causal language models")
     if model.get_output_embeddings() is None:
         raise CaptureError(f"{type(model).__name__} has no language-model head; ntc compiles causal language models")
+    text = config.get_text_config(decoder=True)  # of a model of images and text; else the config itself
     if example is None:
-        length = max(2, min(12, int(getattr(config, "max_position_embeddings", 12) or 12)))
+        length = max(2, min(12, int(getattr(text, "max_position_embeddings", 12) or 12)))
         generator = torch.Generator().manual_seed(0)
-        example = torch.randint(0, config.vocab_size, (2, length), generator=generator)
+        example = torch.randint(0, text.vocab_size, (2, length), generator=generator)
     with our_attention(model):
-        return _capture(model, source, example, config=config.to_dict(), reference=_own_attention_logits)
+        return _capture(model, source, example, config={**text.to_dict(), **config.to_dict()}, reference=_own_attention_logits)
 
 
 def _own_attention_logits(model: nn.Module, example: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, 
         except NtcError:
             raise
         except Exception as error:
-            raise CaptureError(f"{source} fails on the example token ids: {first_line(error)}") from error
+            raise CaptureError(f"{source} fails on the example token ids{raised_at(error, module)}: {first_line(error)}") from error
         if expected.shape[:2] != example.shape:
             raise CaptureError(
                 f"{source} returns logits of shape {list(expected.shape)} for token ids {list(example.shape)}: "
@@ -194,20 +195,51 @@ def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, 
     return program
 
 
-def _export(wrapper: nn.Module, example: Tensor, source: str, retry: bool = True) -> tuple[ExportedProgram, Tensor]:
+def _export(wrapper: _Logits, example: Tensor, source: str, retry: bool = True) -> tuple[ExportedProgram, Tensor]:
     """torch.export with batch and length dynamic; also returns the example that let both be so."""
     dynamic = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    fixed: list[str] = []
     try:
-        return torch.export.export(wrapper, (example,), dynamic_shapes=dynamic, strict=False), example
+        with _fixed_sizes(fixed) if not retry else nullcontext():
+            return torch.export.export(wrapper, (example,), dynamic_shapes=dynamic, strict=False), example
     except NtcError:
         raise
     except Exception as error:  # torch.export raises many kinds; all mean that this model cannot be captured
         if retry and "specialized" in str(error) and example.shape[1] > 2:
             # An example as long as a buffer that the model slices (a tril mask) makes torch take its length for a constant.
             return _export(wrapper, example[:, :-1], source, retry=False)
+        if "specialized" in str(error):
+            raise CaptureError(
+                f"torch.export could not capture {source} for any batch and length{f' at {fixed[-1]}' if fixed else ''}: "
+                "it takes the number of tokens for a constant there, as a loop over them does"
+            ) from error
         reasons = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- ")]  # the headline says little
         reason = reasons[0].removeprefix("- ") if reasons else first_line(error)
-        raise CaptureError(f"torch.export could not capture {source}: {reason}") from error
+        raise CaptureError(f"torch.export could not capture {source}{raised_at(error, wrapper.model)}: {reason}") from error
+
+
+_FIXED = re.compile(r"eval Eq\(s\d+, \d+\) \[guard added\] \((?:[^()]*/)?(?P<place>[^()/]*)\)")
+
+
+@contextmanager
+def _fixed_sizes(places: list[str]) -> Iterator[None]:
+    """Collect the lines of source that take a size for a number which should stay open; torch says them in its log only."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found = _FIXED.search(record.getMessage())
+            if found:
+                places.append(found["place"])
+
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    handlers, level, propagate = log.handlers, log.level, log.propagate
+    log.handlers, log.propagate = [Collector()], False
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
 
 
 def _longest(exported: ExportedProgram) -> int:

@@ -25,17 +25,19 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.fx import Graph, Node
 
 __all__ = [
     "MADE_BY", "MODULE", "NAME", "NEURON", "ORIGIN", "SCALE", "SOURCE", "STATE", "STATS", "TYPE", "NeuronSpec", "block_in", "block_of",
-    "building", "module_of", "source_of", "stamp_captured", "where",
+    "building", "module_of", "raised_at", "source_of", "stamp_captured", "where",
 ]  # fmt: skip
 
 ORIGIN = "ntc.origin"
@@ -106,6 +108,26 @@ def where(node: Node) -> str:
     """
     details = [part for part in (module_of(node), source_of(node)) if part]
     return f"node %{node.name}" + (f" ({', '.join(details)})" if details else "")
+
+
+def raised_at(error: BaseException, model: nn.Module) -> str:
+    """Name the innermost module of a model, and its line, whose code an error went through, for the middle of an error message.
+
+    Example: `` at model.layers.0.mlp.experts (moe.py:118 in forward)``. Empty if it went through none.
+    """
+    names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
+    cause: BaseException | None = error
+    while cause is not None:
+        found = ""
+        for frame, line in traceback.walk_tb(cause.__traceback__):
+            path = frame.f_code.co_filename
+            name = names.get(id(frame.f_locals.get("self")))
+            if name and not path.startswith(_NOT_THE_MODEL):
+                found = f" at {name} ({os.path.basename(path)}:{line} in {frame.f_code.co_name})"
+        if found:
+            return found
+        cause = cause.__cause__ or cause.__context__  # torch.export wraps what it meets
+    return ""
 
 
 _BLOCK = re.compile(r"^(?P<block>(?:.*\.)?(?:h|layers|blocks|layer|block)\.\d+)(?:\.|$)")

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from ntc import CaptureError
 from ntc.attention_hook import _attention, _mask, our_attention
+from ntc.testing import tiny_gpt2
 
 
 class Layer(nn.Module):
@@ -31,9 +33,11 @@ def heads() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("layer", "mask", "given", "sentence"),
     [
-        (Layer(is_causal=False), None, {}, "Layer attends to later tokens: ntc compiles causal language models, not encoders"),
+        (Layer(is_causal=False), None, {}, "Layer says that it is not causal (is_causal = False): ntc compiles causal language models, not encoders"),
         (Layer(), None, {"s_aux": torch.zeros(4)}, "Layer has attention sinks (s_aux), a score of no token in every softmax"),
+        (Layer(), None, {"position_bias": torch.zeros(6, 6)}, "Layer is given position_bias beside queries, keys and values"),
         (Layer(), torch.zeros(6, 6), {}, "Layer is given a mask of the model's own making"),
+        (Layer(), _mask(use_vmap=True), {}, "Layer is given a mask of the model's own making"),
         (Layer(), None, {"sliding_window": 4}, "Layer is told of a sliding window of 4 tokens and given a mask with no window"),
         (Layer(), _mask(local_size=3), {"sliding_window": 4}, "a sliding window of 4 tokens and given a mask with one of 3"),
     ],
@@ -44,9 +48,42 @@ def test_refusals(layer: Layer, mask: Any, given: dict[str, Any], sentence: str)
     assert sentence in str(caught.value)
 
 
+def test_what_a_model_adds_to_its_mask_is_seen_though_the_example_would_not_show_it() -> None:
+    """Through transformers' own functions, which are called with more than we ask for."""
+    model = tiny_gpt2(n_layer=1)
+    text = {"config": model.config, "inputs_embeds": torch.zeros(1, 6, 32), "attention_mask": None, "past_key_values": None}
+
+    def always(batch: Any, head: Any, query: Any, key: Any) -> Tensor:
+        return torch.tensor(True)
+
+    with our_attention(model):
+        assert create_causal_mask(**text) is None
+        for more in ({"and_mask_function": always}, {"or_mask_function": always}, {"block_sequence_ids": torch.full((1, 6), -1)}):
+            with pytest.raises(CaptureError, match="Layer is given a mask of the model's own making"):
+                _attention(Layer(), *heads(), create_causal_mask(**text, **more))
+        with pytest.raises(CaptureError, match="Layer is given a mask of the model's own making"):
+            _attention(Layer(), *heads(), create_bidirectional_mask(model.config, text["inputs_embeds"], None))
+
+
+def test_a_model_that_computes_with_its_mask_is_told_so() -> None:
+    scores = torch.zeros(1, 4, 6, 6)
+    for compute in (lambda mask: scores + mask, lambda mask: mask[:, :, :, :6], lambda mask: ~mask, lambda mask: (1 - mask) * -1e9):
+        for mask in (_mask(local_size=4), _mask(use_vmap=True)):
+            with pytest.raises(TypeError, match="it computes with its mask itself"):
+                compute(mask)
+
+
 def test_chunks_are_refused() -> None:
-    model = SimpleNamespace(config=SimpleNamespace(layer_types=["chunked_attention", "full_attention"]))
+    chunked = SimpleNamespace(layer_types=["chunked_attention", "full_attention"])
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: chunked))
     with pytest.raises(CaptureError, match=r"SimpleNamespace attends within chunks of its text \(chunked_attention\)"), our_attention(model):
+        pass
+
+
+def test_an_indexer_is_refused() -> None:
+    indexed = SimpleNamespace(index_topk=2048)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: indexed))
+    with pytest.raises(CaptureError, match=r"SimpleNamespace attends to 2048 tokens that an indexer picks \(index_topk\)"), our_attention(model):
         pass
 
 

@@ -309,6 +309,36 @@ def test_module_that_gives_no_logits(kind: str, message: str) -> None:
     refused(message, _NoLogits(kind), example=example_ids())
 
 
+class _Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_a_capture_that_fails_names_the_module_and_its_line() -> None:
+    model = NanoGPT(layers=2)
+    model.h[1].mlp = _Branching()
+    refused(r"could not capture NanoGPT at h\.1\.mlp \(test_frontend\.py:\d+ in forward\): \w", model, example=example_ids())
+
+
+class _Recurrent(nn.Module):
+    def forward(self, x):
+        return torch.stack([x[:, : i + 1].mean(1) for i in range(x.shape[1])], 1)
+
+
+def test_a_loop_over_tokens_names_its_line_and_torch_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    model = NanoGPT(layers=1)
+    model.h[0].mlp = _Recurrent()
+    sentence = r"NanoGPT for any batch and length at test_frontend\.py:\d+ in forward: it takes the number of tokens for a constant there"
+    refused(sentence, model, example=example_ids())
+    assert "guard" not in capfd.readouterr().err
+
+
+def test_a_run_that_fails_names_the_module_and_its_line() -> None:
+    model = NanoGPT(layers=2)
+    model.h[1].mlp.c_proj = nn.Linear(7, 32)
+    refused(r"NanoGPT fails on the example token ids at h\.1\.mlp \(testing\.py:\d+ in forward\): mat1", model, example=example_ids())
+
+
 class _Random(NanoGPT):
     def forward(self, idx):
         return nn.functional.dropout(super().forward(idx)[0], 0.5, training=True)
