@@ -315,6 +315,24 @@ def test_bidirectional_attention_is_left_alone() -> None:
     check_pass(Canonicalize(), captured(model), missed=["later tokens are seen"], ops_after={"softmax": 1, "ntc.attention": 0})
 
 
+class _Experts(nn.Module):
+    """Two linear layers, mixed by a router of softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(32, 2), nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shares = self.router(x).softmax(-1)
+        return sum(shares[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
+
+
+def test_the_softmax_of_a_router_is_no_attention_that_is_missed() -> None:
+    model = NanoGPT(layers=1)
+    model.h[0].mlp = _Experts()
+    check_pass(Canonicalize(), captured(model), missed=[], ops_after={"softmax": 1, "ntc.attention": 1})
+
+
 def test_bidirectional_sdpa_is_an_error_that_names_the_place() -> None:
     def body(m, x):
         h = x.unflatten(-1, (2, 8)).transpose(1, 2)

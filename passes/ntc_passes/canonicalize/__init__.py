@@ -25,7 +25,7 @@ from ntc.ops import aten
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
 from ntc_passes.canonicalize.activations import rewrite_activations
-from ntc_passes.canonicalize.attention import SOFTMAX, rewrite_attention
+from ntc_passes.canonicalize.attention import SOFTMAX, over_tokens, rewrite_attention
 from ntc_passes.canonicalize.fused import split_fused_projections
 from ntc_passes.canonicalize.layouts import drop_identity_layouts, drop_no_ops, views_to_reshapes
 from ntc_passes.canonicalize.linears import rewrite_linears
@@ -53,7 +53,7 @@ class Canonicalize(Pass):
         norms, no_norms = rewrite_norms(program)
         sites, missed = sites + norms, [*missed, *no_norms]
         for node in list(program.graph.nodes):
-            if node.target in SOFTMAX or node.target is aten.scaled_dot_product_attention.default:
+            if (node.target in SOFTMAX and over_tokens(node)) or node.target is aten.scaled_dot_product_attention.default:
                 reason = rewrite_attention(program, node)
                 if reason:
                     missed.append((node, reason))

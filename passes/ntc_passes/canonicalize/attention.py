@@ -17,7 +17,7 @@ from ntc_passes.canonicalize.activations import ARITHMETIC
 from ntc_passes.canonicalize.fused import channels_of
 from ntc_passes.canonicalize.making import making
 
-__all__ = ["SOFTMAX", "rewrite_attention"]
+__all__ = ["SOFTMAX", "over_tokens", "rewrite_attention"]
 
 _MASKING = ARITHMETIC | {
     aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.to.dtype,
@@ -29,6 +29,12 @@ _NEGLIGIBLE = -9e3
 
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
+
+
+def over_tokens(softmax: Node) -> bool:
+    """Whether a softmax is over an axis that grows with the text; one over experts, as their routers have it, is no attention."""
+    value, dim = softmax.meta["val"], softmax.args[1]
+    return isinstance(value.shape[dim], torch.SymInt)
 
 
 def rewrite_attention(program: Program, node: Node) -> str:
