@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ntc import artifact
-from ntc.errors import BackendError, ConfigError, NtcError
-from ntc.folders import check_output, reason_of, replacing_folder
+from ntc.emit import CAPTURED, check_facts, check_recipe, emit_all, emitters
+from ntc.errors import ConfigError
+from ntc.folders import check_output, replacing_folder
 from ntc.frontend import capture
 from ntc.loading import folder_of, load_tokenizer
 from ntc.meta import module_of
@@ -107,6 +108,7 @@ def compile_model(
     quantize: int | None = None,
     until_quantize: bool = False,
     calibration: Path | str | Calibration | Tokens | None = None,
+    targets: Sequence[str | Backend] = (),
     tokenizer: Any | None = None,
     example: Tensor | None = None,
     scratch: Path | None = None,
@@ -124,6 +126,7 @@ def compile_model(
         until_quantize: Leave that last step to ``ntc.compiler.quantize``, to fine-tune in between.
         calibration: A text file, or tokens. By default ``calibration.txt`` in the model's folder; without it, random
             tokens, with a warning: then thresholds mean little.
+        targets: Back ends, or their names, that ``write`` is to be asked for: what they can never write of this recipe is refused at once.
         tokenizer: If the model is a module, or captured.
         example: Example token ids, if the model is no Hugging Face model.
         scratch: Folder in which the weights of a large network lie (``ntc.scratch``); by default in the cache.
@@ -136,6 +139,8 @@ def compile_model(
     chosen = quantizing(recipe, quantize)
     settings = (settings or Settings()).with_options(steps=steps, percentile=percentile)
     passes = chosen.build(settings, find_pass)
+    facts = model.facts if isinstance(model, Program) else CAPTURED
+    check_recipe(chosen, settings, [backend(t) if isinstance(t, str) else t for t in targets], facts)
     text = _calibration_text(model, calibration)
     if text is not None:
         read_text(text)
@@ -313,17 +318,18 @@ def write(
 
     Raises:
         ArtifactError: If the folder may not be written.
-        BackendError: If an artefact disagrees with its program.
+        BackendError: If a back end cannot express the program, or an artefact disagrees with it.
     """
     folder = Path(folder)
     check_output(folder, overwrite)
-    emitters = _emitters(emit, emit_options)
+    chosen = emitters(emit, emit_options)
+    check_facts(chosen, compilation.program.facts)
     tokens = compilation.calibration.batches[0][:2] if tokens is None else tokens
     with replacing_folder(folder) as beside:
         artifact.save(
             compilation.program, beside, analog=compilation.analog, tokenizer=compilation.tokenizer, about=compilation.about()
         )
-        results = _emit(emitters, compilation.program, beside, compilation.analog, tokens, progress)
+        results = emit_all(chosen, compilation.program, beside, compilation.analog, tokens, progress)
         if also is not None:
             also(beside)
         artifact.seal(beside, targets=results)
@@ -347,32 +353,11 @@ def export(
     if not emit:
         raise ConfigError("nothing to export: name a target, such as onnx or netlist")
     folder = Path(source)
-    emitters = _emitters(emit, emit_options)
+    chosen = emitters(emit, emit_options)
     program, analog = artifact.load(folder), artifact.load_analog(folder)
+    check_facts(chosen, program.facts)
     with replacing_folder(folder) as beside:
         shutil.copytree(folder, beside, dirs_exist_ok=True)
-        results = _emit(emitters, program, beside, analog, tokens, progress)
+        results = emit_all(chosen, program, beside, analog, tokens, progress)
         artifact.seal(beside, targets={**artifact.read_manifest(beside).get("targets", {}), **results})
-    return results
-
-
-def _emitters(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None) -> list[Backend]:
-    return [backend(name, (options or {}).get(name)) for name in names]
-
-
-def _emit(
-    emitters: Sequence[Backend], program: Program, folder: Path, analog: Program | None, tokens: Tensor | None, progress: Progress
-) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for number, emitter in enumerate(emitters):
-        progress(f"export {emitter.name}", number, len(emitters))
-        try:
-            # A back end may say which passes make the form that it writes, such as the streaming one.
-            form = run_pipeline(program, [find_pass(name)() for name in getattr(emitter, "passes", ())])
-            results[emitter.name] = emitter.emit(form, folder, analog=analog, tokens=tokens)
-        except (NtcError, OSError):
-            raise
-        except Exception as error:  # a stranger's back end, or a library with error classes of its own
-            raise BackendError(f"back end {emitter.name} failed: {type(error).__name__}: {reason_of(error)}") from error
-    progress("done", len(emitters), len(emitters))
     return results

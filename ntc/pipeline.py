@@ -27,7 +27,9 @@ from ntc.program import PassRecord, Program, interpret
 from ntc.scratch import give_back
 from ntc.verify import max_difference, verify
 
-__all__ = ["LEFT_ANALOG", "Calibration", "Context", "NoOptions", "Override", "Pass", "PassResult", "exact_limit", "run_pipeline"]
+__all__ = [
+    "LEFT_ANALOG", "Calibration", "Context", "NoOptions", "Override", "Pass", "PassResult", "exact_limit", "facts_after", "run_pipeline",
+]  # fmt: skip
 
 logger = logging.getLogger("ntc.passes")
 
@@ -129,6 +131,7 @@ class Pass(ABC):
         requires: Facts that must hold before.
         provides: Facts that hold after.
         removes: Facts that hold no longer.
+        refuses: Facts that must not hold before, each with the reason: the end of a sentence.
         exact: It computes the same function up to rounding; the runner checks that.
         required: Finding none of its sites is an error that shows the nearest miss.
         Options: Frozen dataclass of its options; the only constructor argument.
@@ -138,6 +141,7 @@ class Pass(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
     removes: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[Mapping[str, str]] = {}
     exact: ClassVar[bool] = False
     required: ClassVar[bool] = False
     Options: ClassVar[type[Any]] = NoOptions
@@ -226,23 +230,39 @@ def rounding_sensitivity(program: Program, seeds: int = 3) -> float:
     return moved
 
 
+def facts_after(passes: Sequence[Pass], facts: frozenset[str]) -> frozenset[str]:
+    """What will hold of a program when passes have run on it, by what they declare; nothing is run.
+
+    Args:
+        passes: The passes, in order.
+        facts: What holds of the program.
+
+    Raises:
+        PassError: If a pass needs a fact that is missing by then, or cannot take a program of the facts that hold.
+    """
+    for number, step in enumerate(passes):
+        if missing := step.requires - facts:
+            have = [p.name for p in passes if missing & p.provides]
+            hint = f"run {have[0]} before it" if have else "no pass in this recipe provides it"
+            raise PassError(f"pass {step.name} needs a program that is {' and '.join(sorted(missing))}: {hint}")
+        for fact in sorted(step.refuses.keys() & facts):
+            made = [f"what {p.name} makes" for p in passes[:number] if fact in p.provides] or ["this program"]
+            raise PassError(f"pass {step.name} cannot take {made[-1]}: {step.refuses[fact]}")
+        facts = (facts | step.provides) - step.removes
+    return facts
+
+
 def run_pipeline(program: Program, passes: Sequence[Pass], context: Context | None = None) -> Program:
     """Run passes in order and check each against its contract.
 
     The program given is not changed.
 
     Raises:
-        PassError: If a fact is missing, a required rewrite found nothing, or a declaration turned out wrong.
+        PassError: If a fact is missing or refused, a required rewrite found nothing, or a declaration turned out wrong.
         VerifyError: If a pass left a malformed program.
     """
     context = context or Context()
-    facts = set(program.facts)
-    for step in passes:  # the whole order is checked before anything runs
-        if missing := step.requires - facts:
-            have = [p.name for p in passes if missing & p.provides]
-            hint = f"run {have[0]} before it" if have else "no pass in this recipe provides it"
-            raise PassError(f"pass {step.name} needs a program that is {' and '.join(sorted(missing))}: {hint}")
-        facts = (facts | step.provides) - step.removes
+    facts_after(passes, program.facts)  # the whole order is checked before anything runs
     for number, step in enumerate(passes):
         context.progress(step.name, number, len(passes))
         program = _run_one(program, step, context, number)

@@ -44,6 +44,10 @@ class Backend(Protocol):
 
     One that writes another form of the program has a further attribute ``passes``, the names of those that make it, such as
     ``("to-streaming",)``.
+
+    One that cannot write every program may have a method ``refusal(facts: frozenset[str]) -> str``: why it can write no program of which
+    these facts hold (``ntc.Pass.provides``), the end of a sentence, or an empty string if they do not tell. It is asked before a recipe
+    runs, with the facts that will hold, so that nobody waits for a compilation that ends in a refusal.
     """
 
     name: str

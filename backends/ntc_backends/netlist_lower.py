@@ -13,7 +13,7 @@ What a node is in hardware is in its ``OpSpec.element``, with three decisions th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ntc_backends import netlist_schema as schema
 from ntc_backends.netlist_islands import in_order, islands_of
 from ntc_backends.netlist_makers import Lowered, Makers
 
-__all__ = ["lower"]
+__all__ = ["REFUSED", "lower"]
 
 _NTC = torch.ops.ntc
 
@@ -50,6 +50,13 @@ _ON_CHIP: dict[Any, Callable[[Makers, Node], schema.AnyElement]] = {
     _NTC.decode.default: Makers.decode,
 }
 
+REFUSED: Mapping[str, str] = {
+    "streaming": "a netlist says itself how a sequence goes on: write it from the parallel program, without to-streaming",
+    "neurons-annotated": "a netlist holds neurons, and there are firing rates in their places: run insert-neurons first",
+    "coded": "the netlist format has no elements for neurons whose spikes have weights or sizes, only for those that integrate and fire",
+}
+"""Facts of programs that have no netlist, each with the reason."""
+
 
 def lower(program: Program) -> Lowered:
     """The elements of a spiking program.
@@ -58,7 +65,7 @@ def lower(program: Program) -> Lowered:
         BackendError: If it is not spiking yet, or holds an op with time steps that the format cannot express; names the node.
     """
     if program.state:
-        raise BackendError("a netlist says itself how a sequence goes on: write it from the parallel program, without to-streaming")
+        raise BackendError(REFUSED["streaming"])
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     for node in nodes:
         _check(node)

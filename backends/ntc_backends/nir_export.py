@@ -27,9 +27,11 @@ from ntc_backends.nir_check import compare
 from ntc_backends.nir_execute import run_file
 from ntc_backends.nir_neurons import Array, arguments, full, neuron_of
 from ntc_backends.nir_options import NirOptions, require_nir
-from ntc_backends.nir_parts import Part, Plan, plan
+from ntc_backends.nir_parts import NO_NEURONS, Part, Plan, plan
 
 __all__ = ["NirBackend"]
+
+_STATE = "NIR has no state that goes on from token to token: export the parallel program, without to-streaming"
 
 
 class NirBackend:
@@ -43,6 +45,14 @@ class NirBackend:
     def __init__(self, options: NirOptions | None = None) -> None:
         require_nir()
         self.options = options or NirOptions()
+
+    def refusal(self, facts: frozenset[str]) -> str:
+        """Why no program of those facts has NIR files, or an empty string."""
+        if "streaming" in facts:
+            return _STATE
+        if "neurons-annotated" in facts:
+            return "NIR holds neurons, and there are firing rates in their places: run insert-neurons first"
+        return NO_NEURONS if "coded" in facts and "integrate-fire" not in facts else ""  # beside others, coded ones have no file
 
     def emit(self, program: Program, folder: Path, *, analog: Program | None = None, tokens: Tensor | None = None) -> dict[str, Any]:
         """Write the folder ``nir``; an older one is replaced.
@@ -61,7 +71,7 @@ class NirBackend:
             ArtifactError: If the folder cannot be written.
         """
         if program.state:
-            raise BackendError("NIR has no state that goes on from token to token: export the parallel program, without to-streaming")
+            raise BackendError(_STATE)
         work, target = Path(folder) / f".{schema.FOLDER}.partial", Path(folder) / schema.FOLDER
         try:
             work.mkdir()

@@ -34,9 +34,12 @@ from ntc_backends.nir_neurons import (
 )
 from ntc_backends.nir_options import NirOptions
 
-__all__ = ["Part", "Plan", "is_scale", "plan", "source_of_part"]
+__all__ = ["NO_NEURONS", "Part", "Plan", "is_scale", "plan", "source_of_part"]
 
 Start = Literal["none", "channel", "add"]
+
+NO_NEURONS = "the program holds no neurons that NIR has words for: those that integrate and fire"
+"""Of a program that has no NIR file."""
 
 _NO_WORD = {
     "dynamic_product": "multiplies two signals with each other, and NIR multiplies by constants only",
@@ -107,7 +110,7 @@ def plan(program: Program, options: NirOptions) -> Plan:
     """
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     if not any(is_population(n) or isinstance(n.meta.get(TYPE), RateType) for n in nodes):
-        raise BackendError("the program holds no neurons that NIR has words for: they integrate and fire")
+        raise BackendError(NO_NEURONS)
     for node in nodes:
         if TYPE not in node.meta or "val" not in node.meta:
             raise BackendError(f"{where(node)} has no type or shape: verify the program before you export it")

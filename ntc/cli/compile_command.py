@@ -119,16 +119,15 @@ def _compile(
     training: TrainingConfig | None, scratch: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     from ntc.compiler import compile_model, quantize, write
+    from ntc.emit import emitters
     from ntc.folders import check_output
-    from ntc.registry import backend
     from ntc.text import read_text
     from ntc.training.sources import find_parts
 
     started = time.perf_counter()
     # Everything that can be wrong is looked at before the work begins.
     check_output(out, overwrite)
-    for name in emit:
-        backend(name, emit_options.get(name))
+    targets = emitters(emit, emit_options)
     if evaluate is not None:
         read_text(evaluate)
     if texts:
@@ -136,7 +135,7 @@ def _compile(
     with output.progress() as report:
         done = compile_model(
             model, recipe=recipe, settings=settings, quantize=bits, until_quantize=training is not None, calibration=calibration,
-            scratch=scratch, progress=report,
+            targets=targets, scratch=scratch, progress=report,
         )  # fmt: skip
     seconds = dict(done.seconds)
     tuned = None
@@ -158,7 +157,7 @@ def _compile(
             quality = _quality(done, tokens, report)
             seconds["evaluate"] = time.perf_counter() - now
         now = time.perf_counter()
-        targets = write(
+        measured = write(
             done, out, emit=emit, emit_options=emit_options, overwrite=overwrite, tokens=tokens.windows[:2], also=_adding(tuned),
             progress=report,
         )  # fmt: skip
@@ -167,7 +166,7 @@ def _compile(
         seconds["write"] = time.perf_counter() - now
         energy = _energy(done, out, emit, tokens, report) if measure else None
         seconds["all"] = time.perf_counter() - started
-    return {**_result(done, out, tokens, evaluate, quality, energy, targets, seconds), "finetune": tuned and tuned.to_json()}
+    return {**_result(done, out, tokens, evaluate, quality, energy, measured, seconds), "finetune": tuned and tuned.to_json()}
 
 
 def _training_config(texts: list[str] | None, options: dict[str, Any]) -> TrainingConfig | None:

@@ -41,10 +41,13 @@ def _pass(row: Any) -> dict[str, Any]:
     cls = row.loaded
     about: dict[str, Any] = {"name": row.name, "package": row.distribution, "entry_point": row.value, "error": row.error or None}
     if cls is None:
-        return {**about, "summary": "", "requires": [], "provides": [], "exact": None, "required": None, "options": []}
+        return {
+            **about, "summary": "", "requires": [], "provides": [], "refuses": [], "exact": None, "required": None, "options": [],
+        }  # fmt: skip
     return {
-        **about, "summary": cls.summary(), "requires": sorted(cls.requires), "provides": sorted(cls.provides), "exact": cls.exact,
-        "required": cls.required, "options": _options(cls),
+        **about, "summary": cls.summary(), "requires": sorted(cls.requires), "provides": sorted(cls.provides), "refuses": sorted(cls.refuses),
+        "exact": cls.exact, "required": cls.required,
+        "options": _options(cls),
     }  # fmt: skip
 
 
@@ -80,7 +83,8 @@ def _show_passes(console: Console, rows: list[dict[str, Any]]) -> None:
         what = Text(r["summary"]) if r["error"] is None else Text(f"cannot be imported: {r['error']}", "red")
         exact = "" if r["exact"] is None else "yes" if r["exact"] else "no"
         shown.add_row(r["name"], exact, what)
-        facts = [f"{word} {' and '.join(r[key])}" for word, key in (("needs", "requires"), ("gives", "provides")) if r[key]]
+        words = (("needs", "requires"), ("refuses", "refuses"), ("gives", "provides"))
+        facts = [f"{word} {' and '.join(r[key])}" for word, key in words if r[key]]
         options = ", ".join(f"{o['name']}={o['default']}" for o in r["options"])
         for line in ("; ".join(facts), options):
             if line:

@@ -47,7 +47,7 @@ class InsertNeurons(Pass):
 
     name = "insert-neurons"
     requires = frozenset({"neurons-annotated"})
-    provides = frozenset({"spiking"})
+    provides = frozenset({"spiking", "integrate-fire"})
     removes = frozenset({"neurons-annotated"})
     required = True
 

@@ -122,7 +122,7 @@ class SpikeProducts(Pass):
 
     name = "spike-products"
     requires = frozenset({"canonical"})
-    provides = frozenset({"spiking"})
+    provides = frozenset({"spiking", "coded", "products-coded"})
     required = True
     Options = Options
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.fx import Node
 from ntc.errors import ConfigError, PassError, VerifyError
 from ntc.meta import NEURON, NeuronSpec, building
 from ntc.ops import aten
-from ntc.pipeline import Calibration, Context, Override, Pass, PassResult, exact_limit, rounding_sensitivity, run_pipeline
+from ntc.pipeline import Calibration, Context, Override, Pass, PassResult, exact_limit, facts_after, rounding_sensitivity, run_pipeline
 from ntc.program import Program
 from ntc.testing import check_pass
 from ntc.verify import max_difference
@@ -28,12 +28,16 @@ def edit(
     requires: frozenset[str] = frozenset(),
     provides: frozenset[str] = frozenset(),
     removes: frozenset[str] = frozenset(),
+    refuses: Mapping[str, str] | None = None,
     exact: bool = False,
     required: bool = False,
     name: str = "edit",
 ) -> Pass:
     """A pass made of a function; None stands for "one site rewritten"."""
-    declared = {"name": name, "requires": requires, "provides": provides, "removes": removes, "exact": exact, "required": required}
+    declared = {
+        "name": name, "requires": requires, "provides": provides, "removes": removes, "refuses": refuses or {}, "exact": exact,
+        "required": required,
+    }  # fmt: skip
 
     def run(self: Pass, program: Program, context: Context) -> PassResult:
         return act(program, context) or PassResult(True, 1)
@@ -69,6 +73,19 @@ def test_facts_are_required_provided_and_removed(program: Program) -> None:
     after = run(program, edit(nothing, provides=frozenset({"x", "y"})), edit(nothing, requires=frozenset({"x"}), removes=frozenset({"x"})))
     assert after.facts - program.facts == {"y"}
     assert program.facts == {"captured", "canonical"}
+
+
+def test_facts_that_a_pass_refuses_are_found_before_anything_runs(program: Program) -> None:
+    ran: list[int] = []
+    first = edit(lambda p, c: ran.append(1), provides=frozenset({"wet"}), name="hose")
+    picky = edit(nothing, refuses={"wet": "it has to be dry"}, name="picky")
+    with pytest.raises(PassError, match=r"^pass picky cannot take what hose makes: it has to be dry$"):
+        run(program, first, picky)
+    assert ran == []
+    wet = run(program, first)
+    with pytest.raises(PassError, match=r"^pass picky cannot take this program: it has to be dry$"):
+        run(wet, picky)
+    assert facts_after([first, edit(nothing, removes=frozenset({"wet"})), picky], program.facts) == program.facts
 
 
 def test_the_whole_order_is_checked_before_anything_runs(program: Program) -> None:

@@ -24,7 +24,7 @@ the token (``rms``, ``row-sum``), leaks per channel.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Quantize(Pass):
     name = NAME
     requires = frozenset({"spiking"})
     provides = frozenset({"integer"})
+    refuses: ClassVar = {
+        "coded": "trains whose spikes have weights or sizes have no integer form; leave the program in floating point, or take a recipe of "
+        "neurons that integrate and fire, such as neurtransformer"
+    }
     required = True
     Options = Options
 

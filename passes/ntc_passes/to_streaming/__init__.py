@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -56,6 +56,9 @@ class ToStreaming(Pass):
     name = "to-streaming"
     requires = frozenset({"canonical"})
     provides = frozenset({"streaming"})
+    refuses: ClassVar = {
+        "products-coded": "products of attention on coded trains have no streaming form; known are softmax and spiking attention"
+    }
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Positions, then the ops that mix tokens, then the check."""
