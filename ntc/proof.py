@@ -14,7 +14,7 @@ from ntc.agreement import Agreement, nothing
 from ntc.errors import ArtifactError, BackendError, ConfigError, DisagreementError, NtcError
 from ntc.folders import reason_of
 from ntc.program import Program
-from ntc.recording import grade_of, populations, record
+from ntc.recording import grade_of, neurons_of, populations, record
 from ntc.registry import Backend, backend, executor, names_of
 from ntc.text import Tokens
 from ntc.verdict import Verdict
@@ -121,9 +121,9 @@ def _write(writer: Backend, program: Program, folder: Path) -> None:
 
 def _compare(program: Program, targets: Sequence[_Target], tokens: Tokens, progress: Progress) -> None:
     """Batch by batch, so that memory does not grow with the text."""
-    nodes = populations(program).values()
-    per_token = max(sum(int(n.meta["val"].shape[0] * n.meta["val"].shape[-1]) for n in nodes), program.info.vocab_size)
-    batches = tokens.batches(max(1, _HELD // (per_token * tokens.windows.shape[1])))
+    nodes, window = populations(program).values(), tokens.windows.shape[1]
+    per_window = max(sum(int(n.meta["val"].shape[0]) * neurons_of(n, window) for n in nodes), program.info.vocab_size * window)
+    batches = tokens.batches(max(1, _HELD // per_window))
     first = 0
     for number, ids in enumerate(batches):
         progress("compare", number, len(batches))
@@ -149,9 +149,10 @@ def _report(program: Program, targets: Sequence[_Target], tokens: Tokens) -> dic
         found = target.agreement.result() if target.agreement is not None else nothing(program, target.verdict, target.reason)
         rows[target.name] = {**found, "artefact": "temporary" if target.written else "folder", "files": target.files or {}}
     grade = grade_of(program)
+    window = int(tokens.windows.shape[1])
     ran = [row for row in rows.values() if row["verdict"] != "unsupported"]
     return {
         "grade": grade, "agrees": bool(ran) and all(row["agrees"] for row in rows.values()), "tokens": tokens.count,
-        "window": int(tokens.windows.shape[1]), "data": tokens.description, "data_sha256": tokens.sha256, "steps": program.steps,
-        "neurons": sum(int(n.meta["val"].shape[-1]) for n in populations(program).values()), "targets": rows,
+        "window": window, "data": tokens.description, "data_sha256": tokens.sha256, "steps": program.steps,
+        "neurons": round(sum(neurons_of(n, window) for n in populations(program).values()) / window), "targets": rows,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -14,7 +15,7 @@ from ntc.meta import NEURON
 from ntc.ops import spec_of
 from ntc.program import Program, interpret
 
-__all__ = ["Grade", "Recorded", "grade_of", "populations", "record", "role_of"]
+__all__ = ["Grade", "Recorded", "grade_of", "neurons_of", "populations", "record", "role_of"]
 
 Grade: TypeAlias = Literal["integer", "float"]
 
@@ -22,6 +23,16 @@ Grade: TypeAlias = Literal["integer", "float"]
 def populations(program: Program) -> dict[str, Node]:
     """Its populations by name, in the order of the graph."""
     return {n.name: n for n in program.graph.nodes if (s := spec_of(n)) is not None and s.element == "population"}
+
+
+def neurons_of(population: Node, tokens: int) -> int:
+    """Neurons of one sequence of so many tokens: ``L C``, and ``H L L`` of those on rows of attention ``[T, B, H L, L]``."""
+    sizes = population.meta["val"].shape[2:]
+    # Not int(size): that would tell torch that the network takes sequences as long as its example and no others.
+    return math.prod(
+        int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, tokens))) if isinstance(size, torch.SymInt) else size
+        for size in sizes
+    )
 
 
 _OPERANDS = {"query": "q", "key": "k", "value": "v"}  # as the ops of attention call them

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.fx import Node
 from ntc.errors import BackendError, DisagreementError
 from ntc.meta import where
 from ntc.program import Program, interpret
-from ntc.recording import populations
+from ntc.recording import neurons_of, populations
 from ntc_backends.onnx_run import Exposed, session
 from ntc_backends.onnx_writer import EXTERNAL_BYTES
 
@@ -154,14 +155,22 @@ def _unequal(program: Program, node: Node, ours: Tensor, theirs: Tensor) -> tupl
     return int((off > 0.25).sum()), off.numel(), 16 * torch.finfo(ours.dtype).eps * most, "numbers"
 
 
+def _length(trains: Collection[Node], tokens: int) -> int:
+    """How many of so many tokens the held comparison takes: at least 8."""
+
+    def held(length: int) -> int:
+        return sum(int(n.meta["val"].shape[0]) * neurons_of(n, length) for n in trains)
+
+    return min(tokens, max(8, bisect_right(range(tokens + 1), _HELD, key=held) - 1))
+
+
 def _held(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance) -> dict[str, Any]:
     """Run the model with every population's input held to the program's spikes, and judge.
 
     The edges behind the populations are cut: what a population fires is an output, what its readers see is an input.
     """
     trains = populations(program)
-    per_token = sum(math.prod(int(x) for x in (n.meta["val"].shape[0], n.meta["val"].shape[-1])) for n in trains.values())
-    ids = tokens[:1, : max(8, _HELD // max(1, per_token))]
+    ids = tokens[:1, : _length(trains.values(), tokens.shape[1])]
     expected: dict[str, Tensor] = {}
 
     def keep(node: Node, _: tuple[Any, ...], value: Any) -> None:

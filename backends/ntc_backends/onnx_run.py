@@ -122,7 +122,10 @@ class Exposed:
         if name not in nodes:
             raise DisagreementError(f"the model has no node {name}")
         words, train = nodes[name].overload.split("."), node.meta["val"]
-        steps, channels = int(train.shape[0]), int(train.shape[-1])
+        steps, last = int(train.shape[0]), train.shape[-1]
+        if not isinstance(last, int):  # rows of attention, [T, B, H L, L]: their length is not that of the example
+            return _Form(train.dtype, [steps, "batch", f"{name}.rows", f"{name}.keys"], None)
+        channels = int(last)
         if "count" in words and nodes[name].op_type != "Encode":  # of an encoder it is the code of its train
             self.counts.add(name)
             return _Form(torch.uint8 if "uint8" in words else torch.int32, ["batch", "sequence", channels], None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -16,18 +16,21 @@ import ntc
 from ntc.agreement import Agreement
 from ntc.artifact import load_analog
 from ntc.compiler import Compilation
+from ntc.emit import check_recipe, emit_all, emitters
 from ntc.energy import measure_energy
+from ntc.errors import BackendError, PassError
 from ntc.pipeline import run_pipeline
 from ntc.proof import prove
 from ntc.quality import evaluate
 from ntc.recipe import Settings
 from ntc.recording import populations, record, role_of
+from ntc.registry import recipe as find_recipe
 from ntc.testing import example_ids
 from ntc.text import Tokens
 from ntc_backends.onnx_check import _unequal
 from ntc_passes.encode_linears import EncodeLinears
 
-TOKENS = Tokens(example_ids(batch=2, length=12, seed=3), "drawn", "")
+TOKENS = Tokens(example_ids(batch=2, length=11, seed=3), "drawn", "")  # not as long as the example that programs are captured with
 
 # Cosine of the logits with the original's: these networks are random, so each recipe is held to what its steps say and to no more.
 LEAST = {
@@ -69,6 +72,24 @@ def test_end_to_end(name: str, network: str, tmp_path: Path) -> None:
     assert proof["agrees"] and row["verdict"] in ("exact", "approximate"), row["reason"]
     assert row["coverage"]["share"] == 1 and row["compared"] > 10_000
     assert row["held"]["spike_mismatches"] == row["held"]["ties"] + row["held"]["consequences"]
+
+
+@pytest.mark.parametrize("name", sorted(LEAST))
+def test_what_cannot_be_written_is_known_before(name: str, tmp_path: Path) -> None:
+    """A back end refuses a recipe ahead if, and only if, it refuses the program that the recipe has made."""
+    made, refused = compiled(name, "llama"), list[str]()
+    for target in ("netlist", "nir", "onnx", "onnx-streaming"):
+        verdicts = []
+        chosen, ahead = emitters([target]), partial(check_recipe, find_recipe(made.recipe.name), made.settings)
+        for attempt in (ahead, lambda chosen: emit_all(chosen, made.program, tmp_path, None, TOKENS.windows, lambda *_: None)):
+            try:
+                attempt(chosen)
+                verdicts.append(False)
+            except (BackendError, PassError):
+                verdicts.append(True)
+        assert verdicts[0] is verdicts[1], target
+        refused += [target] * verdicts[0]
+    assert refused == ["netlist", "nir"] + ["onnx-streaming"] * (name not in ("ecmt", "sdllm"))
 
 
 @pytest.mark.parametrize(("name", "digit"), [("lossless", 0), ("lossless", 4), ("las", 0), ("las", 8)])
