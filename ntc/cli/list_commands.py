@@ -45,8 +45,8 @@ def _pass(row: Any) -> dict[str, Any]:
             **about, "summary": "", "requires": [], "provides": [], "refuses": [], "exact": None, "required": None, "options": [],
         }  # fmt: skip
     return {
-        **about, "summary": cls.summary(), "requires": sorted(cls.requires), "provides": sorted(cls.provides), "refuses": sorted(cls.refuses),
-        "exact": cls.exact, "required": cls.required,
+        **about, "summary": cls.summary(), "requires": sorted(cls.requires), "provides": sorted(cls.provides),
+        "refuses": sorted(cls.refuses), "exact": cls.exact, "required": cls.required,
         "options": _options(cls),
     }  # fmt: skip
 

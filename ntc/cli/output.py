@@ -6,15 +6,16 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.logging import RichHandler
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.style import StyleType
 from rich.table import Table
@@ -119,15 +120,52 @@ def names(values: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(part.strip() for value in values or () for part in value.split(",") if part.strip()))
 
 
+_SHORTEST = 8
+"""Characters that a column of text keeps in a terminal that is too narrow for its words."""
+
+
 class _Table(Table):
-    """A table whose texts are shown as they are: a shape such as [4, B, L] is no markup."""
+    """A table whose texts are shown as they are: a shape such as [4, B, L] is no markup.
+
+    Where it is wider than the terminal, headers of numbers are broken at their spaces first, then texts at theirs; nothing is cropped.
+    """
 
     def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
         super().add_row(*(Text(c) if isinstance(c, str) else c for c in cells), style=style, end_section=end_section)
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self._fit(console, options)
+        yield from super().__rich_console__(console, options)
+
+    def _fit(self, console: Console, options: ConsoleOptions) -> None:
+        """Give each column a width, if they do not all have the one that they want."""
+        def measured(texts: Iterable[RenderableType]) -> tuple[int, int]:
+            """The longest word, and the longest text."""
+            found = [Measurement.get(console, options.update_width(1 << 12), text) for text in texts]
+            return max((m.minimum for m in found), default=0), max((m.maximum for m in found), default=0)
+
+        numbers = [c.justify == "right" for c in self.columns]
+        headers = [measured([c.header]) for c in self.columns]
+        cells = [measured(c.cells) for c in self.columns]
+        wanted = [max(h[1], c[1]) for h, c in zip(headers, cells, strict=True)]
+        gaps = len(wanted) - 1
+        if sum(wanted) + 2 * gaps <= options.max_width:
+            return
+        self.padding = (0, 1, 0, 0)
+        room = options.max_width - gaps
+        words = [max(h[0], c[0]) for h, c in zip(headers, cells, strict=True)]
+        least = [max(h[0], c[1]) if n else w for n, h, c, w in zip(numbers, headers, cells, words, strict=True)]
+        folded = [width if n else min(width, _SHORTEST) for n, width in zip(numbers, least, strict=True)]
+        for kinds, floor in ((True, least), (False, least), (False, folded), (True, [1] * len(least))):
+            chosen = [i for i, n in enumerate(numbers) if n is kinds]
+            while sum(wanted) > room and (wide := [i for i in chosen if wanted[i] > floor[i]]):
+                wanted[max(wide, key=lambda i: wanted[i])] -= 1
+        for column, width in zip(self.columns, wanted, strict=True):
+            column.width, column.no_wrap = width, False
+
 
 def table(*columns: str) -> Table:
-    """A table without lines; columns whose name starts with ``>`` are aligned to the right."""
+    """A table without lines; columns whose name starts with ``>`` are numbers, aligned to the right."""
     result = _Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for number, column in enumerate(columns):
         side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
