@@ -113,6 +113,9 @@ def our_attention(model: PreTrainedModel) -> Iterator[None]:
     kinds = getattr(config, "layer_types", None) or ()
     if "chunked_attention" in kinds:
         raise CaptureError(f"{type(model).__name__} attends within chunks of its text (chunked_attention), which ntc does not capture")
+    if "linear_attention" in kinds and getattr(config, "block_size", None):  # torch takes the number of blocks for a constant
+        name = type(model).__name__
+        raise CaptureError(f"{name} computes linear attention block by block (block_size {config.block_size}), which ntc does not capture")
     picked = getattr(config, "index_topk", None)
     if picked:
         name = type(model).__name__

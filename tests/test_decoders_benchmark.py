@@ -8,48 +8,60 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ntc.errors import PassError
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def decoders():
+def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("decoders")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("decoders", "decoder_configs")})
+
+
+@pytest.fixture
+def decoders(modules: SimpleNamespace) -> ModuleType:
+    return modules.decoders
+
+
+@pytest.fixture
+def configs(modules: SimpleNamespace) -> ModuleType:
+    return modules.decoder_configs
 
 
 # ------------------------------------------------------------------------------------------------ configs
 
 
-def test_a_config_is_small_and_has_one_layer_of_every_kind(decoders: ModuleType) -> None:
-    fields = decoders.small_fields(CONFIG_MAPPING["gemma3_text"]())
+def test_a_config_is_small_and_has_one_layer_of_every_kind(configs: ModuleType) -> None:
+    fields = configs.small_fields(CONFIG_MAPPING["gemma3_text"]())
     assert fields["layer_types"] == ["sliding_attention", "full_attention"]
     assert fields["num_hidden_layers"] == 2
     assert {name: fields[name] for name in ("hidden_size", "vocab_size", "sliding_window", "max_position_embeddings")} == {
         "hidden_size": 32, "vocab_size": 61, "sliding_window": 4, "max_position_embeddings": 24,
     }  # fmt: skip
-    assert decoders.small_fields(CONFIG_MAPPING["gpt2"]())["n_layer"] == 1
-    assert decoders.small_fields(CONFIG_MAPPING["gpt2"]())["eos_token_id"] == 0, "ids are in the vocabulary"
-    assert decoders.small_fields(CONFIG_MAPPING["bert"]())["is_decoder"] is True
-    latent = decoders.small_fields(CONFIG_MAPPING["deepseek_v3"]())
+    assert configs.small_fields(CONFIG_MAPPING["gpt2"]())["n_layer"] == 1
+    assert configs.small_fields(CONFIG_MAPPING["gpt2"]())["eos_token_id"] == 0, "ids are in the vocabulary"
+    assert configs.small_fields(CONFIG_MAPPING["bert"]())["is_decoder"] is True
+    latent = configs.small_fields(CONFIG_MAPPING["deepseek_v3"]())
     assert latent["num_key_value_heads"] == latent["num_attention_heads"] == 4
 
 
-def test_configs_inside_of_a_config_are_small_too(decoders: ModuleType) -> None:
-    fields = decoders.small_fields(CONFIG_MAPPING["gemma3"]())
+def test_configs_inside_of_a_config_are_small_too(configs: ModuleType) -> None:
+    fields = configs.small_fields(CONFIG_MAPPING["gemma3"]())
     assert (fields["text_config"]["hidden_size"], fields["vision_config"]["hidden_size"]) == (32, 32)
-    assert decoders.merged(fields, {"text_config": {"head_dim": 4}})["text_config"] == {**fields["text_config"], "head_dim": 4}
+    assert configs.merged(fields, {"text_config": {"head_dim": 4}})["text_config"] == {**fields["text_config"], "head_dim": 4}
 
 
-def test_exceptions_are_of_types_that_there_are(decoders: ModuleType) -> None:
-    for table in (decoders.EXCEPTIONS, decoders.PART, decoders.NOT_ALONE):
+def test_exceptions_are_of_types_that_there_are(configs: ModuleType) -> None:
+    for table in (configs.EXCEPTIONS, configs.PART, configs.NOT_ALONE):
         assert set(table) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -74,8 +86,8 @@ def test_a_refusal_is_the_sentence_of_ntc(decoders: ModuleType) -> None:
     assert found.reason.startswith("GptOssAttention has attention sinks (s_aux)")
 
 
-def test_what_cannot_be_made_says_why(decoders: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(decoders.EXCEPTIONS, "llama", {"num_attention_heads": 0})
+def test_what_cannot_be_made_says_why(decoders: ModuleType, configs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configs.EXCEPTIONS, "llama", {"num_attention_heads": 0})
     found = decoders.outcome("llama")
     assert found.outcome == "not configured"
     assert "Error: " in found.reason
@@ -89,6 +101,15 @@ def test_an_error_that_is_not_ours_is_a_bug(decoders: ModuleType, monkeypatch: p
     found = decoders.outcome("gpt2")
     assert found.outcome == "bug"
     assert found.reason.strip().endswith("KeyError: 'somewhere'")
+
+
+def test_an_error_of_torch_inside_of_a_pass_is_a_bug(decoders: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(program: Any, passes: Any) -> None:
+        raise PassError("pass canonicalize failed: RuntimeError: negative dimension -4")
+
+    monkeypatch.setattr(decoders, "capture", lambda model: None)
+    monkeypatch.setattr(decoders, "run_pipeline", failing)
+    assert decoders.outcome("gpt2").outcome == "bug"
 
 
 def test_logits_that_are_off_are_a_bug(decoders: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

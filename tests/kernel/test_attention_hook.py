@@ -80,6 +80,14 @@ def test_chunks_are_refused() -> None:
         pass
 
 
+def test_linear_attention_by_blocks_is_refused() -> None:
+    """MiniMax: as captured it holds for the number of blocks of the example, and torch says so in a guard only."""
+    blocked = SimpleNamespace(layer_types=["full_attention", "linear_attention"], block_size=256)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: blocked))
+    with pytest.raises(CaptureError, match=r"computes linear attention block by block \(block_size 256\)"), our_attention(model):
+        pass
+
+
 def test_an_indexer_is_refused() -> None:
     indexed = SimpleNamespace(index_topk=2048)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: indexed))
