@@ -68,7 +68,7 @@ def limits(program: Program, one: Recorded, wanted: Sequence[str] = ()) -> Limit
     def moved(node: Node, value: Tensor) -> Tensor:
         size = math.sqrt(max((_terms(user, value) for user in node.users), default=1)) * torch.finfo(value.dtype).eps
         signs = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int8).to(value.dtype) * 2 - 1
-        return value + value * signs.mul_(size)
+        return torch.where(value.isfinite(), value + value * signs.mul_(size), value)  # scores of keys that are not seen: minus infinity
 
     def visit(node: Node, args: tuple[Any, ...], value: Any) -> Any:
         if node.name in one.trains:
@@ -78,7 +78,7 @@ def limits(program: Program, one: Recorded, wanted: Sequence[str] = ()) -> Limit
             if spec is not None and spec.membrane is not None:
                 u, levels = spec.membrane(one.arguments[node.name], fired)
                 other, _ = spec.membrane(args, fired.expand(-1, SAMPLES, -1, -1))
-                deviation = (other - u).square_().mean(1).sqrt_() / levels[0]
+                deviation = _off(other, u).square_().mean(1).sqrt_() / levels[0]
                 membranes[node.name] = SAFETY * deviation.amax(1) + (len(train) + 4) * torch.finfo(fired.dtype).eps
             return moved(node, fired.expand(-1, SAMPLES, -1, -1))
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -98,8 +98,14 @@ def limits(program: Program, one: Recorded, wanted: Sequence[str] = ()) -> Limit
 
 def _reach(samples: Tensor, value: Tensor) -> Tensor:
     """Limit of each channel of a value ``[..., 1, L, C]`` from its samples ``[..., SAMPLES, L, C]``."""
-    deviation = (samples - value).square_().mean(-3).sqrt_().flatten(0, -2).amax(0)
-    return SAFETY * deviation + torch.finfo(value.dtype).eps * value.abs().flatten(0, -2).amax(0)
+    deviation = _off(samples, value).square_().mean(-3).sqrt_().flatten(0, -2).amax(0)
+    largest = torch.where(value.isfinite(), value.abs(), 0).flatten(0, -2).amax(0)
+    return SAFETY * deviation + torch.finfo(value.dtype).eps * largest
+
+
+def _off(samples: Tensor, value: Tensor) -> Tensor:
+    """Difference of samples from a value; infinities of one sign are the same number."""
+    return torch.where(samples == value, 0, samples - value)
 
 
 def _terms(reader: Node, value: Tensor) -> int:

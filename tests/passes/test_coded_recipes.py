@@ -25,6 +25,7 @@ from ntc.quality import evaluate
 from ntc.recipe import Settings
 from ntc.recording import populations, record, role_of
 from ntc.registry import recipe as find_recipe
+from ntc.rounding import limits
 from ntc.testing import example_ids
 from ntc.text import Tokens
 from ntc_backends.onnx_check import _unequal
@@ -104,6 +105,14 @@ def test_a_wrong_threshold_of_one_digit_is_no_tie(name: str, digit: int, tmp_pat
         agreement.add(record(program, TOKENS.windows, 0))
     found = agreement.result()
     assert found["verdict"] == "differs" and "are no ties" in found["reason"]
+
+
+def test_how_far_rounding_reaches_is_a_number_also_where_scores_are_infinite() -> None:
+    """Scores of keys that a token does not see are minus infinity: moved by rounding, they are so still."""
+    program = compiled("lossless-spiking", "llama").program
+    found = limits(program, record(program, TOKENS.windows[:1], 0))
+    assert len(found.membranes) == len(populations(program)) and any("softmax_exp" in name for name in found.membranes)
+    assert all(bool(limit.isfinite().all()) for limit in found.membranes.values()) and found.logits < 0.1
 
 
 def test_populations_have_the_roles_that_their_readers_give_them() -> None:
