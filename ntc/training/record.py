@@ -33,9 +33,7 @@ from ntc.verify import max_difference
 if TYPE_CHECKING:
     from ntc.training.run import Finetuned
 
-__all__ = ["BASELINE", "add_training_files", "figures_of", "load_baseline", "recorded", "write_finetuned"]
-
-BASELINE = "baseline"  # subfolder of the original network after the same training; `ntc evaluate` looks for it
+__all__ = ["add_training_files", "figures_of", "load_baseline", "recorded", "write_finetuned"]
 
 _NAME = "finetune"
 
@@ -81,7 +79,7 @@ def load_baseline(folder: Path, corpus: Corpus, config: TrainingConfig) -> Progr
         ConfigError: If it was trained on other windows or otherwise; names what differs.
         ArtifactError: If there is none.
     """
-    program = artifact.load(folder / BASELINE if is_artifact(folder / BASELINE) else folder)
+    program = artifact.load(folder / artifact.BASELINE if is_artifact(folder / artifact.BASELINE) else folder)
     if "spiking" in program.facts:
         raise ConfigError(f"the program in {folder} is spiking: a baseline is the original network, trained with --baseline")
     figures = figures_of(program)
@@ -129,7 +127,7 @@ def add_training_files(found: Finetuned, folder: Path, *, source: Path | None = 
         rows[-1] = {**rows[-1], "valid_perplexity_tuned": figures_of(found.baseline)["perplexity_after"]}
     write_curve(rows, folder / "curve")
     if found.baseline is not None:
-        below = folder / BASELINE
+        below = folder / artifact.BASELINE
         below.mkdir()
         artifact.save(found.baseline, below)
         _copy(folder if source is None else source, below)

@@ -24,7 +24,7 @@ from ntc.training.form import TrainingForm
 from ntc.training.groups import roles_of, trained
 from ntc.training.loop import RATE_MARGIN, Trainer
 from ntc.training.prepare import accelerator_for, decided, identity_of, network_from, source_of, texts
-from ntc.training.record import BASELINE, figures_of, load_baseline, recorded
+from ntc.training.record import figures_of, load_baseline, recorded
 from ntc.training.state import News, Outcome
 from ntc.training.validation import validate
 
@@ -307,7 +307,7 @@ class _Baseline:
         names = trained(roles_of(self.network), self.config.group)
         trainer = Trainer(
             TrainingForm(self.network, names, bf16=bool(self.config.bf16)), None, corpus, held_out, self.config,
-            work=WorkFolder(place, BASELINE, writes=accelerator.is_main_process), accelerator=accelerator,
+            work=WorkFolder(place, artifact.BASELINE, writes=accelerator.is_main_process), accelerator=accelerator,
             identity={**self.identity, "original network": identity_of(self.network)}, steps=found.outcome.planned,
             stop_after=found.outcome.steps, news=news,
         )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 
 import ntc
 from ntc import artifact
+from ntc.artifact import BASELINE
 from ntc.errors import ArtifactError, ConfigError, DataError, TrainingError
 from ntc.loading import load_tokenizer
 from ntc.program import Program
@@ -22,7 +23,7 @@ from ntc.quality import perplexity
 from ntc.text import tokens_from
 from ntc.training.config import TrainingConfig
 from ntc.training.prepare import network_from
-from ntc.training.record import BASELINE, figures_of, write_finetuned
+from ntc.training.record import figures_of, write_finetuned
 from ntc.training.run import Finetuned, finetune
 from ntc.training.state import News
 
