@@ -197,7 +197,7 @@ def line(found: Outcome) -> str:
 
 def general(found: Outcome) -> str:
     """The sentence of a refusal without what differs from family to family: class, module, line."""
-    text = " ".join(found.reason.split())
+    text = " ".join(found.reason.split()).replace("`", "'")
     text = re.sub(r"(?<= at )[\w.]+ \([\w.]+:\d+ in [^)]*\)(?=: )", "...", text)
     text = re.sub(r"(node %\w+) \([^)]*\)", r"\1", text)
     text = re.sub(r"\b[A-Z]\w*(ForCausalLM|ForConditionalGeneration|LMHeadModel|Attention|ModelWithLMHead)\b", "...", text)
