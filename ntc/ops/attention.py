@@ -23,7 +23,7 @@ from ntc.spike_type import ANALOG, NodeType
 
 __all__ = [
     "ATTENTION", "ATTENTION_STREAM", "ONNX_MERGE", "ONNX_SIZES", "ONNX_SPLIT", "attention", "attention_gradients", "attention_stream",
-    "merge_heads", "split_heads",
+    "grouped", "merge_heads", "per_head", "seen_by", "split_heads",
 ]  # fmt: skip
 
 
@@ -35,6 +35,22 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """``[..., H, L, D] -> [..., L, H D]``."""
     return x.transpose(-3, -2).flatten(-2)
+
+
+def per_head(x: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """``[B, H, L, D]`` of keys or values, each repeated for the queries of its group."""
+    return split_heads(x, kv_heads).repeat_interleave(heads // kv_heads, dim=-3)
+
+
+def grouped(x: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """``[B, L, Hk D]`` of what each query head gives to its keys or values, ``[B, H, L, D]``."""
+    return merge_heads(x.reshape(*x.shape[:-3], kv_heads, heads // kv_heads, *x.shape[-2:]).sum(-3))
+
+
+def seen_by(length: int, window: int, device: torch.device) -> Tensor:
+    """Which keys each query sees, ``[L, L]``."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen.triu(1 - window) if window else seen
 
 
 @torch.library.custom_op("ntc::attention", mutates_args=())
@@ -65,10 +81,9 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int, 
 
 
 def _probabilities(query: Tensor, key: Tensor, heads: int, kv_heads: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    q, k = split_heads(query, heads), split_heads(key, kv_heads).repeat_interleave(heads // kv_heads, dim=-3)
+    q, k = split_heads(query, heads), per_head(key, heads, kv_heads)
     scores = q @ k.transpose(-2, -1) * scale
-    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return scores.masked_fill(~causal, float("-inf")).softmax(-1), q, k
+    return scores.masked_fill(~seen_by(query.shape[-2], 0, query.device), float("-inf")).softmax(-1), q, k
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,17 +95,12 @@ def attention_gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of causal softmax attention with respect to query, key and value, from that of its result."""
-    groups = heads // kv_heads
     p, q, k = _probabilities(query, key, heads, kv_heads, scale)
-    v = split_heads(value, kv_heads).repeat_interleave(groups, dim=-3)
     g = split_heads(grad, heads)
-    to_p = g @ v.transpose(-2, -1)
+    to_p = g @ per_head(value, heads, kv_heads).transpose(-2, -1)
     to_scores = p * (to_p - (to_p * p).sum(-1, keepdim=True)) * scale
-
-    def per_kv_head(x: Tensor) -> Tensor:
-        return merge_heads(x.reshape(*x.shape[:-3], kv_heads, groups, *x.shape[-2:]).sum(-3))
-
-    return merge_heads(to_scores @ k), per_kv_head(to_scores.transpose(-2, -1) @ q), per_kv_head(p.transpose(-2, -1) @ g)
+    to_key, to_value = (grouped(x, heads, kv_heads) for x in (to_scores.transpose(-2, -1) @ q, p.transpose(-2, -1) @ g))
+    return merge_heads(to_scores @ k), to_key, to_value
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

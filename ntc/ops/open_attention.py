@@ -17,37 +17,21 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.attention import merge_heads, split_heads
+from ntc.ops.attention import grouped, merge_heads, per_head, seen_by, split_heads
 from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, host_rule, register
 from ntc.ops.traffic import causal, values
 from ntc.ops.windowed_attention import ONNX_WINDOW_MASK
 from ntc.spike_type import NodeType
 
 __all__ = [
-    "CAUSAL_SCORES", "ONNX_GROUPED_HEADS", "WEIGHTED_VALUES", "by_head", "causal_scores", "grouped", "masked_scores", "onnx_scores",
-    "per_head", "score_gradients", "seen_by", "weighted_values",
+    "CAUSAL_SCORES", "ONNX_GROUPED_HEADS", "WEIGHTED_VALUES", "by_head", "causal_scores", "masked_scores", "onnx_scores",
+    "score_gradients", "weighted_values",
 ]  # fmt: skip
-
-
-def per_head(x: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """``[B, H, L, D]`` of keys or values, each repeated for the queries of its group."""
-    return split_heads(x, kv_heads).repeat_interleave(heads // kv_heads, dim=-3)
-
-
-def grouped(x: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """``[B, L, Hk D]`` of what each query head gives to its keys or values, ``[B, H, L, D]``."""
-    return merge_heads(x.reshape(*x.shape[:-3], kv_heads, heads // kv_heads, *x.shape[-2:]).sum(-3))
 
 
 def by_head(rows: Tensor, heads: int) -> Tensor:
     """``[B, H L, L]`` as ``[B, H, L, L]``."""
     return rows.reshape(*rows.shape[:-2], heads, -1, rows.shape[-1])
-
-
-def seen_by(length: int, window: int, device: torch.device) -> Tensor:
-    """Which keys each query sees, ``[L, L]``."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return seen.triu(1 - window) if window else seen
 
 
 @torch.library.custom_op("ntc::causal_scores", mutates_args=())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.attention import ONNX_MERGE, ONNX_SPLIT, merge_heads, split_heads
+from ntc.ops.attention import ONNX_MERGE, ONNX_SPLIT, grouped, merge_heads, per_head, seen_by, split_heads
 from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, host_rule, register
 from ntc.ops.traffic import causal, rows_of
 from ntc.spike_type import NodeType
@@ -44,7 +44,7 @@ def windowed_attention(
         ``[B, L, H Dv]``.
     """
     p, _, _, _ = _probabilities(query, key, heads, kv_heads, scale, window, softcap)
-    return merge_heads(p @ _per_head(value, heads, kv_heads)).contiguous()
+    return merge_heads(p @ per_head(value, heads, kv_heads)).contiguous()
 
 
 @windowed_attention.register_fake
@@ -54,25 +54,17 @@ def _fake(
     return query.new_empty((*query.shape[:-1], value.shape[-1] // kv_heads * heads))
 
 
-def _per_head(x: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """``[B, H, L, D]`` of keys or values, each repeated for the queries of its group."""
-    return split_heads(x, kv_heads).repeat_interleave(heads // kv_heads, dim=-3)
-
-
 def _probabilities(
     query: Tensor, key: Tensor, heads: int, kv_heads: int, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The softmax ``[B, H, L, L]``, the factor of the gradient that the cap makes, and the heads of queries and keys."""
-    q, k = split_heads(query, heads), _per_head(key, heads, kv_heads)
+    q, k = split_heads(query, heads), per_head(key, heads, kv_heads)
     scores = q @ k.transpose(-2, -1) * scale
     slope = torch.ones((), dtype=scores.dtype, device=scores.device)
     if softcap:
         bounded = torch.tanh(scores / softcap)
         scores, slope = bounded * softcap, 1 - bounded * bounded
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if window:
-        seen = seen.triu(1 - window)
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1), slope, q, k
+    return scores.masked_fill(~seen_by(query.shape[-2], window, query.device), float("-inf")).softmax(-1), slope, q, k
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -85,16 +77,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     heads, kv_heads, scale, window, softcap = ctx.options
     p, slope, q, k = _probabilities(query, key, heads, kv_heads, scale, window, softcap)
     g = split_heads(grad, heads)
-    to_p = g @ _per_head(value, heads, kv_heads).transpose(-2, -1)
+    to_p = g @ per_head(value, heads, kv_heads).transpose(-2, -1)
     to_scores = p * (to_p - (to_p * p).sum(-1, keepdim=True)) * slope * scale
-
-    def per_kv_head(x: Tensor) -> Tensor:
-        return merge_heads(x.reshape(*x.shape[:-3], kv_heads, heads // kv_heads, *x.shape[-2:]).sum(-3))
-
-    return (
-        merge_heads(to_scores @ k), per_kv_head(to_scores.transpose(-2, -1) @ q), per_kv_head(p.transpose(-2, -1) @ g),
-        None, None, None, None, None,
-    )  # fmt: skip
+    to_key, to_value = (grouped(x, heads, kv_heads) for x in (to_scores.transpose(-2, -1) @ q, p.transpose(-2, -1) @ g))
+    return merge_heads(to_scores @ k), to_key, to_value, *[None] * 5
 
 
 windowed_attention.register_autograd(_backward, setup_context=_setup)
