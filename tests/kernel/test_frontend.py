@@ -105,6 +105,30 @@ def test_a_capture_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         ntc.capture(tiny_gpt2(n_layer=1))
 
 
+class Blocks(torch.nn.Module):
+    """Sums of blocks of four tokens, in a loop that torch can only trace for so many blocks; or a branch on the length."""
+
+    def __init__(self, branch: bool) -> None:
+        super().__init__()
+        self.embed, self.head, self.branch = torch.nn.Embedding(61, 8), torch.nn.Linear(8, 61), branch
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        if self.branch:
+            return self.head(x * 2 if ids.shape[1] >= 6 else x)
+        total = torch.zeros_like(x)
+        for block in range(-(-ids.shape[1] // 4)):
+            total = total + x[:, 4 * block : 4 * block + 4].sum(1, keepdim=True)
+        return self.head(x + total)
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_a_capture_of_one_length_is_refused(branch: bool) -> None:
+    sentence = "Blocks only for texts of at least 6 tokens" if branch else r"Blocks (only for texts of|holds for the length|differs from the model)"
+    with pytest.raises(CaptureError, match=sentence):
+        ntc.capture(Blocks(branch).eval(), example=example_ids())
+
+
 def test_an_op_without_shapes_is_named_and_torch_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     """BLOOM's baddbmm: torch logs a traceback before it raises, which is nobody's answer."""
     sizes = {"vocab_size": 61, "hidden_size": 32, "n_layer": 1, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
