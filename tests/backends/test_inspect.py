@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from inspect_cases import HOSTILE, float_program, folder_of, hostile_netlist, netlist_of
+from programs import canonical
 from torch.fx import Graph, Node
 
 from ntc import artifact
 from ntc.errors import ArtifactError, BackendError
 from ntc.observe import Activity, observe
 from ntc.ops import if_neuron, integer_fire, lif_neuron  # noqa: F401  # registers the ops
+from ntc.pipeline import run_pipeline
 from ntc.program import Program, interpret
 from ntc.proof import KEY
 from ntc_backends.inspect_page import activity, picture
@@ -28,6 +30,7 @@ from ntc_backends.inspect_page.flow import flow_of
 from ntc_backends.inspect_page.membranes import membranes
 from ntc_backends.inspect_page.prompt import Prompt, prompt_for
 from ntc_backends.inspect_page.subject import Subject, open_subject
+from ntc_passes.encode_linears import EncodeLinears
 from tests.cli.conftest import run_ntc
 from tests.cli.test_commands import check_keys
 from tests.integer_programs import block
@@ -345,6 +348,15 @@ def test_bad_input_is_one_sentence_and_writes_nothing(arguments: list[str], says
     ran = run_ntc("inspect", *(a.format(**places) for a in arguments), "-o", tmp_path / "page.html")
     assert (ran.code, ran.err.count("\n")) == (2, 1), ran.err
     assert says in ran.err
+    assert not list(tmp_path.glob("*.html*"))
+
+
+def test_neurons_that_no_netlist_holds_are_refused(tmp_path: Path) -> None:
+    coded = run_pipeline(canonical(n_layer=1), [EncodeLinears.configure({"code": "digits"})])
+    folder_of(coded, tmp_path / "coded")
+    ran = run_ntc("inspect", tmp_path / "coded", "-o", tmp_path / "page.html")
+    assert (ran.code, ran.err.count("\n")) == (2, 1), ran.err
+    assert "cannot be drawn, because the page shows what a netlist holds: the netlist format has no elements for neurons whose" in ran.err
     assert not list(tmp_path.glob("*.html*"))
 
 

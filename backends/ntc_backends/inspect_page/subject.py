@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ntc.errors import ArtifactError
+from ntc.errors import ArtifactError, BackendError
 from ntc.folders import is_artifact
 from ntc_backends import netlist_schema as schema
 from ntc_backends.netlist_reader import open_netlist
@@ -88,7 +88,7 @@ def open_subject(path: Path) -> Subject:
 
     Raises:
         ArtifactError: If it is neither a compiled folder nor a netlist, or is damaged.
-        BackendError: If the program of the folder does not spike.
+        BackendError: If the program of the folder does not spike, or has neurons that netlists have no element for.
     """
     if path.is_dir() and is_artifact(path):
         return _from_folder(path)
@@ -101,9 +101,11 @@ def _from_folder(folder: Path) -> Subject:
     from ntc import artifact
     from ntc.meta import TYPE
     from ntc.ops import timed
-    from ntc_backends.netlist_lower import lower
+    from ntc_backends.netlist_lower import REFUSED, lower
 
     program, manifest = artifact.load(folder), artifact.read_manifest(folder)
+    if reason := next((why for fact, why in REFUSED.items() if fact in program.facts), ""):
+        raise BackendError(f"{folder} cannot be drawn, because the page shows what a netlist holds: {reason}")
     lowered = lower(program)
     types = [node.meta.get(TYPE) for node in program.graph.nodes]
     populations = [e for e in lowered.elements if isinstance(e, schema.Population)]
