@@ -14,10 +14,7 @@ which the spikes are within ``events`` (bisection):
 
     predicted change = exp(1/2 sum_s sum_c F_c k^2 mean(e_c^2)) - 1,    e = x / (k d) - n,  on sample tokens
 
-Errors are taken for independent and small there, and neither is so: those of queries and keys go through an exponential. So the loss of
-each kind of site (the inputs of one kind of layer, queries, keys, values) is measured where it will be, with its sites alone at the steps
-that were chosen (``ntc_passes.divergence``), F of the kind is multiplied by ``measured / predicted``, and all is chosen again, ``rounds``
-times. What the program has in the end is what ``ntc evaluate`` measures. Where steps are known they
+Errors are taken for independent and small; what the program has in the end is what ``ntc evaluate`` measures. Where steps are known they
 are folded into the weights anew, where they are measured per token their factor changes. Queries, keys and values of one attention have T
 in common, the largest of the three. Numerators of softmax and sites with two ranges keep their steps.
 """
@@ -25,10 +22,8 @@ in common, the largest of the three. Numerators of softmax and sites with two ra
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,22 +31,18 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.errors import PassError
-from ntc.meta import building, module_of
+from ntc.meta import building
 from ntc.ops.digit_neuron import MOST_DIGITS, digit_neuron, digit_thresholds, most_digits
 from ntc.ops.spike_linear import weighted
-from ntc.pipeline import Calibration, Context, Pass, PassResult
+from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
 from ntc_passes.digits import Digits, check_steps
-from ntc_passes.divergence import divergences
 from ntc_passes.new_weights import NewWeights, times
 from ntc_passes.sensitivity import Sensitivity, sensitivities
 
 __all__ = ["MixedSteps"]
 
 _OPS = torch.ops.ntc
-
-_LEAST = 1e-6
-"""Nats per token: a divergence below it is rounding, of logits in float32."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +55,6 @@ class Options:
         most: Most time steps of a site; one that would need more for its range has wider steps than its share.
         tokens: Calibration tokens on which sensitivities are measured.
         rows: Most of them whose spikes are counted to keep the budget.
-        rounds: How often the loss of each kind of site is measured and steps are chosen again; 0 = the prediction is believed.
-        measured: Calibration tokens on which it is.
     """
 
     events: float = 1.2
@@ -73,14 +62,10 @@ class Options:
     most: int = MOST_DIGITS
     tokens: int = 2048
     rows: int = 64
-    rounds: int = 2
-    measured: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("most", "tokens", "rows", "measured"):
+        for name in ("most", "tokens", "rows"):
             check_steps(name, getattr(self, name))
-        if self.rounds != 0:
-            check_steps("rounds", self.rounds)
         for name in ("events", "change"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
@@ -127,25 +112,14 @@ class _Site:
         steps = next((t for t in range(1, most) if Digits(self.base, t).most + 0.5 >= needed), most)
         return Digits(self.base, steps, self.price)
 
-    def coded(self, n: Tensor, k: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Spikes of numbers in the present steps, with steps k times as wide, and what they tell, in the present steps."""
-        system = self.system(k, most)
-        w, theta = torch.tensor(system.weights), torch.tensor(digit_thresholds(system.weights, self.price))
-        spikes = digit_neuron(n / k, torch.ones(1), w, theta)
-        return spikes, weighted(spikes, w) * k
-
     def fires(self, k: Tensor, most: int) -> tuple[float, float]:
         """Spikes per value, and the predicted loss in nats per token."""
-        spikes, told = self.coded(self.sample, k, most)
-        off = (told - self.sample).double().square().mean(0)
-        return float(spikes.count_nonzero()) / self.sample.numel(), float(self.fisher @ off) / 2
-
-    @property
-    def kind(self) -> str:
-        """Sites of one kind differ in the number of their block: the layers that read it, and which operand of attention it is."""
-        reader = self.readers[0]
-        operand = f", operand {reader.args.index(self.node)}" if reader.target is _OPS.coded_attention.default else ""
-        return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module_of(reader)) + operand
+        system = self.system(k, most)
+        w, theta = torch.tensor(system.weights), torch.tensor(digit_thresholds(system.weights, self.price))
+        n = self.sample / k
+        spikes = digit_neuron(n, torch.ones(1), w, theta)
+        off = ((weighted(spikes, w) - n) * k).double().square().mean(0)
+        return float(spikes.count_nonzero()) / n.numel(), float(self.fisher @ off) / 2
 
 
 class MixedSteps(Pass):
@@ -169,11 +143,6 @@ class MixedSteps(Pass):
         sites = [_site(program, n, known[n]) for n in found]
         most = min(options.most, *(most_digits(s.base) for s in sites))
         g = _widest(sites, options, most, context.progress)
-        corrections: dict[str, float] = {}
-        for _ in range(options.rounds):
-            sites, factors = _corrected(program, sites, g, most, calibration, options.measured, context.progress)
-            corrections = {kind: corrections.get(kind, 1.0) * factor for kind, factor in factors.items()}
-            g = _widest(sites, options, most, context.progress)
         chosen = {s.node: (s.wider(g, most), s.system(s.wider(g, most), most)) for s in sites}
         for trains in {tuple(s.readers[0].args[:3]) for s in sites if s.readers[0].target is _OPS.coded_attention.default}:
             together = max((chosen[t][1] for t in trains), key=lambda d: d.steps)  # type: ignore[index]
@@ -183,7 +152,7 @@ class MixedSteps(Pass):
             context.progress(self.name, number, len(sites))
             _write(program, site, *chosen[site.node], weights)
         program.graph.eliminate_dead_code()
-        return PassResult(True, len(sites), notes=_notes(sites, chosen, g, most, weights) | {"corrections": corrections})
+        return PassResult(True, len(sites), notes=_notes(sites, chosen, g, most, weights))
 
 
 def _readers(node: Node) -> tuple[Node, ...]:
@@ -243,27 +212,6 @@ def _widest(sites: Sequence[_Site], options: Options, most: int, progress: Calla
         wider = change <= options.change if options.change else events > options.events
         low, high = (middle, high) if wider else (low, middle)
     return math.exp2(low if options.change else high)
-
-
-def _corrected(
-    program: Program, sites: Sequence[_Site], g: float, most: int, calibration: Calibration, tokens: int, progress: Callable[..., None]
-) -> tuple[list[_Site], dict[str, float]]:
-    """The sites with Fisher information that predicts for each kind what is measured of it at g, and the factors."""
-    kinds: dict[str, list[_Site]] = {}
-    for site in sites:
-        kinds.setdefault(site.kind, []).append(site)
-    told = {kind: {s.node: partial(_told, s, s.wider(g, most), most) for s in found} for kind, found in kinds.items()}
-    measured = divergences(program, [s.node for s in sites], told, calibration, tokens, progress)
-    factors = {}
-    for kind, found in kinds.items():
-        predicted = sum(s.fires(s.wider(g, most), most)[1] for s in found)
-        # Where nothing is lost rounding is what is measured, and it says nothing of other steps.
-        factors[kind] = measured[kind] / predicted if min(predicted, measured[kind]) > _LEAST else 1.0
-    return [replace(s, fisher=s.fisher * factors[s.kind]) for s in sites], factors
-
-
-def _told(site: _Site, k: Tensor, most: int, n: Tensor) -> Tensor:
-    return site.coded(n, k, most)[1]
 
 
 def _write(program: Program, site: _Site, k: Tensor, system: Digits, weights: NewWeights) -> None:

@@ -106,7 +106,7 @@ LOSSLESS_SPARSE = Recipe(
         # A digit of room costs no spike, and tokens that rest on one channel cannot do without it.
         Step("spike-products", {"steps": 12, "base": 2.0, "probability_steps": 4, "scale": "channel", "ratio": 2.0}),
         Step("encode-linears", {"code": "digits", "steps": 12, "base": 2.0, "price": 0.9, "scale": "static", "ratio": 2.0}),
-        Step("mixed-steps", {"events": 1.35}),
+        Step("mixed-steps", {"events": 1.5}),
     ),
 )
 

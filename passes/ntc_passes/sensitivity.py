@@ -24,7 +24,7 @@ from ntc.ops.digit_neuron import spread
 from ntc.pipeline import Calibration
 from ntc.program import Program, check_ids, interpret
 
-__all__ = ["Sensitivity", "sensitivities", "windows"]
+__all__ = ["Sensitivity", "sensitivities"]
 
 _WINDOW = 256
 """Tokens that are run backwards at once: what a run keeps for the way back grows with them."""
@@ -61,12 +61,12 @@ def sensitivities(
     widths = {site: int(site.meta["val"].shape[-1]) for site in sites}
     found = {s: Sensitivity(torch.zeros(n, dtype=torch.float64), torch.zeros(n), torch.zeros(0, n)) for s, n in widths.items()}
     frozen = {name: tensor.detach() for name, tensor in program.tensors.items()}
-    parts = list(windows(program, calibration, tokens))
+    windows = list(_windows(program, calibration, tokens))
     seen = 0
     draw = torch.Generator().manual_seed(0)
-    for number, ids in enumerate(parts):
-        progress("measure sensitivities", number, len(parts))
-        kept = torch.randperm(ids.numel(), generator=draw)[: -(-rows // len(parts))]
+    for number, ids in enumerate(windows):
+        progress("measure sensitivities", number, len(windows))
+        kept = torch.randperm(ids.numel(), generator=draw)[: -(-rows // len(windows))]
 
         def visit(node: Node, args: tuple[Any, ...], value: Any, kept: Tensor = kept) -> Tensor | None:
             if node not in found:
@@ -96,8 +96,7 @@ def sensitivities(
     return found
 
 
-def windows(program: Program, calibration: Calibration, tokens: int) -> Iterator[Tensor]:
-    """The first ``tokens`` tokens of a text, ``[1, L]`` at a time, at least one piece."""
+def _windows(program: Program, calibration: Calibration, tokens: int) -> Iterator[Tensor]:
     left = tokens
     for batch in calibration.batches:
         check_ids(batch, program.info)
