@@ -192,14 +192,25 @@ digit_neuron.register_autograd(_backward, setup_context=_setup)
 
 
 def membrane(arguments: Sequence[Any], spikes: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    """``v(t) / theta(t)`` of a neuron that has fired ``spikes``, and where it fires: at 1, and below -1 the other way."""
+    """``v(t) / theta(t)`` of a neuron that has fired ``spikes``, and where it fires: at 1, and below -1 the other way.
+
+    A value at a bound is another neuron's after the slightest change, and that fires another train altogether. So where a train is silent
+    that would not be if its value were heard, or not silent though it is not, the membrane counts as no farther from where it fires than the
+    value is from the nearest bound.
+    """
     x, step, weights, thresholds = arguments[:4]
     low, high = [*arguments[5:7], 0.0, 0.0][:2] if len(arguments) > 5 else (0.0, 0.0)
     column = [-1, *[1] * x.dim()]
     w, theta = weights.to(x.dtype).reshape(column), thresholds.to(x.dtype).reshape(column)
     given = (w * spikes).cumsum(0) - w * spikes
     one = torch.ones(1, dtype=x.dtype, device=x.device)
-    return (_heard(x, low, high) / spread(step, x) - given) / theta, (one, -one)
+    u = (x / spread(step, x) - given) / theta
+    if low > 0 or high > 0:
+        heard, fired = _between(x.abs(), low, high), spikes.any(0)
+        away = torch.stack([(x.abs() - bound).abs() for bound in (low, high) if bound > 0]).amin(0) / spread(step, x) / theta
+        silent = torch.where(x < 0, -one, one) * torch.where(heard, u.abs().minimum(1 + away), (1 - away).clamp(min=0))
+        u = torch.where(fired, torch.where(heard | (spikes == 0), u, spikes.sign() * (1 - away)), silent)
+    return u, (one, -one)
 
 
 def _infer(node: Node, type_of: Callable[[Node], NodeType]) -> NodeType:

@@ -189,3 +189,25 @@ def test_the_membrane_tells_what_was_fired(bounds):
     spikes = digit_neuron(x, step, w, theta, *bounds)
     u, (up, down) = membrane((x, step, w, theta, *bounds), spikes)
     assert torch.equal((u >= up).double() - (u <= down).double(), spikes)
+
+
+@pytest.mark.parametrize("bounds", [(False, 0.0, 1.0), (False, 1.0, 0.0)])
+def test_a_value_at_a_bound_is_near_another_train(bounds):
+    """Of two populations side by side one hears it: the slightest change moves it to the other, which is a tie and no mistake."""
+    w, theta = tables(2.0, 5, dtype=torch.float64)
+    x, step = torch.tensor([[[0.999, 1.001, -1.001, -0.999, 0.5, 1.7]]], dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64)
+    own, other = digit_neuron(x, step, w, theta, *bounds), digit_neuron(torch.where(x.abs() < 1, x * 1.01, x * 0.99), step, w, theta, *bounds)
+    assert (own.any(0) != other.any(0)).flatten().tolist() == [True] * 4 + [False] * 2
+
+    def distance(fired):
+        """Of each value, to the thresholds that lie between what it does and what was fired (``ntc.rounding.margins``)."""
+        u, (up, down) = membrane((x, step, w, theta, *bounds), fired)
+        crossed = ((u >= up) != (fired > 0)), ((u <= down) != (fired < 0))
+        return torch.maximum((u - up).abs() * crossed[0], (u - down).abs() * crossed[1])[:, 0, 0]
+
+    assert not distance(own).any()
+    found = distance(other) * theta[:, None]
+    assert (found[:, :4] <= 0.0101).all()  # in steps: 0.001 / 0.1
+    assert (found[:, :4].amax(0) > 0.0099).all()
+    wrong = (own == 0).double()  # a spike wherever there is none
+    assert (distance(wrong)[:, 4:].amax(0) > 0.5).all()
