@@ -194,7 +194,8 @@ def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, 
         logits = interpret(program, example, lambda *_: None) if program.on_disk else program.module(example)
         drift = _drift(logits, expected, source)
         if not program.on_disk:  # weights on disk would be read twice more
-            drift = max(drift, _drift_elsewhere(program, run, _of_another_length(example, program.info.context or 0), source))
+            with _eval_mode(wrapper):
+                drift = max(drift, _drift_elsewhere(program, run, _of_another_length(example, program.info.context or 0), source))
     program.with_record(PassRecord("capture", {"source": source}, sites=len(program.graph.nodes), drift=drift))
     return program
 
