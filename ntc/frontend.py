@@ -195,7 +195,7 @@ def _capture(module: nn.Module, source: str, example: Tensor, config: dict[str, 
         drift = _drift(logits, expected, source)
         if not program.on_disk:  # weights on disk would be read twice more
             with _eval_mode(wrapper):
-                drift = max(drift, _drift_elsewhere(program, run, _of_another_length(example, program.info.context or 0), source))
+                _check_elsewhere(program, run, _of_another_length(example, program.info.context or 0), source)
     program.with_record(PassRecord("capture", {"source": source}, sites=len(program.graph.nodes), drift=drift))
     return program
 
@@ -218,12 +218,12 @@ def _of_another_length(example: Tensor, context: int) -> Tensor:
     return example.repeat(1, 2)[:, : longer if longer > length else max(2, length - 1)]
 
 
-def _drift_elsewhere(program: Program, run: Callable[[Tensor], Tensor], ids: Tensor, source: str) -> float:
-    """The same on a text of another length: what a trace fixes to that of its example shows there."""
+def _check_elsewhere(program: Program, run: Callable[[Tensor], Tensor], ids: Tensor, source: str) -> None:
+    """Compare on a text of another length: what a trace fixes to that of its example shows there."""
     try:
         expected = run(ids)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):  # the model itself takes no such text
-        return 0.0
+        return
     try:
         logits = program.module(ids)
     except Exception as error:
@@ -231,7 +231,7 @@ def _drift_elsewhere(program: Program, run: Callable[[Tensor], Tensor], ids: Ten
             f"the capture of {source} holds for the length of its example alone, {program.example.shape[1]} tokens: on {ids.shape[1]} it "
             f"fails with {first_line(error)}"
         ) from error
-    return _drift(logits, expected, source)
+    _drift(logits, expected, source)
 
 
 def _export(wrapper: _Logits, example: Tensor, source: str, retry: bool = True) -> tuple[ExportedProgram, Tensor]:

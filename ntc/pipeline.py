@@ -203,6 +203,10 @@ class Pass(ABC):
         return options
 
 
+_WORTH_TIDYING = 1 << 24
+"""Weights of a network for which memory is given back after each pass; it takes a fifth of a second."""
+
+
 def exact_limit(largest: float) -> float:
     """Largest |difference| of logits that rounding in fp32 explains in an ordinary network whose largest |logit| is given."""
     return 1e-5 * (1.0 + largest)
@@ -266,7 +270,8 @@ def run_pipeline(program: Program, passes: Sequence[Pass], context: Context | No
     for number, step in enumerate(passes):
         context.progress(step.name, number, len(passes))
         program = _run_one(program, step, context, number)
-        give_back()  # a pass leaves a program that nobody needs, and the activations that it measured
+        if sum(t.numel() for t in program.tensors.values()) > _WORTH_TIDYING:
+            give_back()  # a pass leaves a program that nobody needs, and the activations that it measured
     context.progress("done", len(passes), len(passes))
     return program
 

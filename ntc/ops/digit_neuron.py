@@ -194,9 +194,9 @@ digit_neuron.register_autograd(_backward, setup_context=_setup)
 def membrane(arguments: Sequence[Any], spikes: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
     """``v(t) / theta(t)`` of a neuron that has fired ``spikes``, and where it fires: at 1, and below -1 the other way.
 
-    A value at a bound is another neuron's after the slightest change, and that fires another train altogether. So where a train is silent
-    that would not be if its value were heard, or not silent though it is not, the membrane counts as no farther from where it fires than the
-    value is from the nearest bound.
+    A value at a bound is another neuron's after the slightest change, and that fires another train altogether. So where spikes would be
+    explained by hearing the value or by not hearing it, the membrane counts as no farther from where it fires than the value is from the
+    nearest bound.
     """
     x, step, weights, thresholds = arguments[:4]
     low, high = [*arguments[5:7], 0.0, 0.0][:2] if len(arguments) > 5 else (0.0, 0.0)

@@ -127,8 +127,12 @@ def test_what_the_pass_does_to_the_graph() -> None:
     assert "%h_0_attn_attention_ssa_memory: current T=4 rate [4, B, 4, 8, 8]" in text
     assert text.endswith("return %lm_head, %position_next, %h_0_attn_attention_ssa_memory_next, %h_1_attn_attention_ssa_memory_next\n")
     assert {n.name for n in spiking().graph.nodes} - {n.name for n in after.graph.nodes} == set(), "every name still means the same"
-    assert after.history[-1].notes == {
-        "tokens": 24, "max_abs_logit_difference": 0.0, "spikes": 24 * 4 * 2 * (4 * 32 + 128), "spike_mismatches": 0,
+    notes = dict(after.history[-1].notes)
+    with torch.no_grad():
+        largest = float(spiking()(spiking().example).abs().max())
+    assert notes.pop("max_abs_logit_difference") <= exact_limit(largest)  # sums in another order: 0 on some processors, not on others
+    assert notes == {
+        "tokens": 24, "spikes": 24 * 4 * 2 * (4 * 32 + 128), "spike_mismatches": 0,
         "state_bytes": 8 + 2 * 4 * 4 * 8 * 8 * 4, "state_bytes_per_token": 0,
     }  # fmt: skip
 
