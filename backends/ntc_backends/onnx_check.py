@@ -205,13 +205,13 @@ def _held(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance) ->
         count, total, share, what = _unequal(program, trains[name], expected[name], got[name])
         allowed = max(tolerance.ties, math.floor(max(tolerance.spikes, share) * total)) if total else 0
         if count > allowed:
+            of = f"{count} {what}"
             if total:  # more than usual; whether they are ties all the same takes four more runs
                 one = record(program, ids, 0)
                 reach = reach if reach is not None else limits(program, one).membranes
                 if not (wrong := _no_ties(trains[name], one, got[name], reach)):
                     continue
-                what += f", {wrong} of them are no ties,"
-            of = f"{count} of {total} {what} differ (limit {allowed})" if total else f"{count} {what}"
+                of = f"{count} of {total} {what} differ (limit {allowed}), and {wrong} neurons are no ties,"
             raise DisagreementError(f"ONNX Runtime disagrees with the program: on equal input {of} at {where(trains[name])}")
     limit = tolerance.logits * (1.0 + float(logits.abs().max()))
     if not difference <= limit:  # also if it is NaN

@@ -21,7 +21,7 @@ from ntc.errors import ArtifactError, NtcError
 from ntc.folders import check_output, is_artifact, replacing_folder
 from ntc.meta import MADE_BY, MODULE, NEURON, ORIGIN, SOURCE, TYPE
 from ntc.observe import count_by_shape
-from ntc.pipeline import run_pipeline
+from ntc.pipeline import exact_limit, run_pipeline
 from ntc.program import Program
 from ntc.testing import NanoGPT, example_ids
 from ntc.verify import verify
@@ -68,7 +68,9 @@ def test_a_program_comes_back_as_it_was(tmp_path: Path, stage: str) -> None:
     again = load(written(tmp_path / "out", program))
     assert str(again) == str(program)
     for ids in (program.example, example_ids(batch=3, length=11), example_ids(batch=1, length=1)):
-        assert torch.equal(again(ids), program(ids))
+        # Weights are compared to the last bit below; where they lie in memory decides the order of sums on some processors.
+        expected = program(ids)
+        torch.testing.assert_close(again(ids), expected, rtol=0, atol=exact_limit(float(expected.detach().abs().max())))
     assert (again.facts, again.info, again.steps) == (program.facts, program.info, program.steps)
     assert [r.to_json() for r in again.history] == json.loads(json.dumps([r.to_json() for r in program.history]))
     assert torch.equal(again.example, program.example)
