@@ -24,7 +24,7 @@ from ntc.program import Program
 from ntc_backends import netlist_schema as schema
 from ntc_backends.netlist_blob import tensor_table, write_blob
 from ntc_backends.netlist_check import check_graph, check_shapes
-from ntc_backends.netlist_lower import REFUSED, lower
+from ntc_backends.netlist_lower import lower, refusal_of
 from ntc_backends.netlist_makers import Lowered
 from ntc_backends.netlist_reader import JSON_NAME, load_netlist, to_networkx
 
@@ -42,7 +42,7 @@ class NetlistBackend:
 
     def refusal(self, facts: frozenset[str]) -> str:
         """Why no program of those facts has a netlist, or an empty string."""
-        return next((reason for fact, reason in REFUSED.items() if fact in facts), "")
+        return refusal_of(facts)
 
     def emit(self, program: Program, folder: Path, *, analog: Program | None = None, tokens: Tensor | None = None) -> dict[str, Any]:
         """Write ``netlist.json`` and ``netlist.safetensors``.

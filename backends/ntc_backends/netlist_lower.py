@@ -29,7 +29,7 @@ from ntc_backends import netlist_schema as schema
 from ntc_backends.netlist_islands import in_order, islands_of
 from ntc_backends.netlist_makers import Lowered, Makers
 
-__all__ = ["REFUSED", "lower"]
+__all__ = ["lower", "refusal_of"]
 
 _NTC = torch.ops.ntc
 
@@ -56,6 +56,11 @@ REFUSED: Mapping[str, str] = {
     "coded": "the netlist format has no elements for neurons whose spikes have weights or sizes, only for those that integrate and fire",
 }
 """Facts of programs that have no netlist, each with the reason."""
+
+
+def refusal_of(facts: frozenset[str]) -> str:
+    """Why no program of those facts has a netlist, or an empty string."""
+    return next((reason for fact, reason in REFUSED.items() if fact in facts), "")
 
 
 def lower(program: Program) -> Lowered:

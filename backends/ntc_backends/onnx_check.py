@@ -200,16 +200,17 @@ def _held(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance) ->
         "top1_agreement": float((found.argmax(-1) == logits.argmax(-1)).double().mean()),
         "spikes": sum(v.numel() for v in expected.values()), "spike_mismatches": sum(differing.values()),
     }  # fmt: skip
-    reach: Mapping[str, Tensor] | None = None
+    rounded: tuple[Recorded, Mapping[str, Tensor]] | None = None
     for name in differing:
         count, total, share, what = _unequal(program, trains[name], expected[name], got[name])
         allowed = max(tolerance.ties, math.floor(max(tolerance.spikes, share) * total)) if total else 0
         if count > allowed:
             of = f"{count} {what}"
             if total:  # more than usual; whether they are ties all the same takes four more runs
-                one = record(program, ids, 0)
-                reach = reach if reach is not None else limits(program, one).membranes
-                if not (wrong := _no_ties(trains[name], one, got[name], reach)):
+                if rounded is None:
+                    one = record(program, ids, 0)
+                    rounded = one, limits(program, one).membranes
+                if not (wrong := _no_ties(trains[name], rounded[0], got[name], rounded[1])):
                     continue
                 of = f"{count} of {total} {what} differ (limit {allowed}), and {wrong} neurons are no ties,"
             raise DisagreementError(f"ONNX Runtime disagrees with the program: on equal input {of} at {where(trains[name])}")

@@ -101,10 +101,10 @@ def _from_folder(folder: Path) -> Subject:
     from ntc import artifact
     from ntc.meta import TYPE
     from ntc.ops import timed
-    from ntc_backends.netlist_lower import REFUSED, lower
+    from ntc_backends.netlist_lower import lower, refusal_of
 
     program, manifest = artifact.load(folder), artifact.read_manifest(folder)
-    if reason := next((why for fact, why in REFUSED.items() if fact in program.facts), ""):
+    if reason := refusal_of(program.facts):
         raise BackendError(f"{folder} cannot be drawn, because the page shows what a netlist holds: {reason}")
     lowered = lower(program)
     types = [node.meta.get(TYPE) for node in program.graph.nodes]
