@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
-from onnx_cases import run_op
-from torch import Tensor
+from onnx_cases import run_op, session
+from torch import Tensor, nn
 
-from ntc.ops import causal_scores, encode, fs_neuron, fs_synapse, train_product, weighted_values
+import ntc
+from ntc.ops import causal_scores, encode, expectation, fs_neuron, fs_synapse, train_product, weighted_values
+from ntc_backends.onnx_export import OnnxBackend
 from ntc_passes.spike_functions.fit import fit
 
 
@@ -45,3 +50,27 @@ def test_open_attention(heads: int, kv_heads: int, window: int) -> None:
     p = scores.softmax(-1)
     got = run_op(torch.ops.ntc.weighted_values.default, [p, v], 3, **sizes)
     torch.testing.assert_close(got, weighted_values(p, v, heads, kv_heads, window))
+
+
+TAIL = torch.linspace(-30.0, 10.0, 24 * 24).reshape(24, 24)  # where sigmoids are far below the 1e-7 to which ONNX Runtime's own is exact
+
+
+@pytest.mark.parametrize("function", [torch.sigmoid, nn.functional.silu])
+def test_small_sigmoids_have_all_their_digits(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wte = nn.Embedding(24, 24, _weight=TAIL.clone())
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return function(self.wte(ids))
+
+    OnnxBackend().emit(ntc.capture(Model(), example=torch.arange(24).view(2, 12)), tmp_path)
+    model, ids = session(tmp_path / "model.onnx"), torch.arange(24)[None]
+    got = torch.from_numpy(model.run(None, {model.get_inputs()[0].name: ids.numpy()})[0])
+    torch.testing.assert_close(got, function(TAIL)[None], rtol=1e-6, atol=0)
+
+
+def test_so_has_the_increment_of_a_silu() -> None:
+    got = run_op(torch.ops.ntc.expectation.default, [TAIL[None, None]], 4, "silu", function="silu", eps=0.0)
+    torch.testing.assert_close(got, expectation(TAIL[None, None], "silu", 0.0), rtol=1e-6, atol=0)
