@@ -200,7 +200,7 @@ def general(found: Outcome) -> str:
     text = " ".join(found.reason.split()).replace("`", "'")
     text = re.sub(r"(?<= at )[\w.]+ \([\w.]+:\d+ in [^)]*\)(?=: )", "...", text)
     text = re.sub(r"(node %\w+) \([^)]*\)", r"\1", text)
-    text = re.sub(r"\b[A-Z]\w*(ForCausalLM|ForConditionalGeneration|LMHeadModel|Attention|ModelWithLMHead)\b", "...", text)
+    text = re.sub(r"\b[A-Za-z]\w*(ForCausalLM|ForConditionalGeneration|LMHeadModel|Attention|ModelWithLMHead)\b", "...", text)
     return re.sub(r"\d[\d.e-]*", "N", text) if "differs from the model" in text or "tokens that an indexer" in text else text
 
 
