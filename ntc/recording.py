@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +15,7 @@ from ntc.meta import NEURON
 from ntc.ops import spec_of
 from ntc.program import Program, interpret
 
-__all__ = ["Grade", "Recorded", "grade_of", "neurons_of", "populations", "record", "role_of"]
+__all__ = ["Grade", "Recorded", "grade_of", "neurons_of", "populations", "record", "role_of", "sources"]
 
 Grade: TypeAlias = Literal["integer", "float"]
 
@@ -23,6 +23,16 @@ Grade: TypeAlias = Literal["integer", "float"]
 def populations(program: Program) -> dict[str, Node]:
     """Its populations by name, in the order of the graph."""
     return {n.name: n for n in program.graph.nodes if (s := spec_of(n)) is not None and s.element == "population"}
+
+
+def sources(populations: Iterable[Node]) -> dict[Node, Node]:
+    """By reader of a population, the value that its spikes were made of, if the reader takes that as well (``OpSpec.source``)."""
+    found: dict[Node, Node] = {}
+    for reader in (reader for node in populations for reader in node.users):
+        spec = spec_of(reader)
+        if spec is not None and spec.source is not None:
+            found[reader] = reader.args[spec.source]  # type: ignore[assignment]
+    return found
 
 
 def neurons_of(population: Node, tokens: int) -> int:
@@ -70,7 +80,7 @@ class Recorded:
         logits: ``[B, L, V]``.
         trains: By population, ``[T, B, L, C]``, int8.
         arguments: What each population was called with; only of floating-point programs.
-        values: Values of the other nodes asked for.
+        values: Values of the other nodes asked for, and of those that readers of spikes read, too (``sources``).
     """
 
     ids: Tensor
@@ -94,7 +104,8 @@ class Recorded:
 
 def record(program: Program, ids: Tensor, first: int, wanted: Sequence[str] = ()) -> Recorded:
     """Run the program and keep what is compared with, and the values of the nodes ``wanted``."""
-    nodes, keep = populations(program), frozenset(wanted)
+    nodes = populations(program)
+    keep = {*wanted, *(source.name for source in sources(nodes.values()).values())}
     result = Recorded(ids, first, torch.empty(0))
     floating = grade_of(program) == "float"
 

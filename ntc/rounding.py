@@ -6,12 +6,13 @@ within that of its threshold. Whether it does is measured, and how far "within" 
 - *Model.* A computed sum of n terms is the exact sum of terms that are off by a factor of ``1 + d``, ``|d| <= g sqrt(n) u``, with
   probability ``1 - 2 n exp(-g^2 / 2)`` if roundings are independent (Higham and Mary 2019, A New Approach to Probabilistic Rounding
   Error Analysis, SIAM J. Sci. Comput. 41, A2815); u is half of the dtype's ``eps``. Two executors are compared: ``2 u = eps``.
-- *Measurement.* The program runs again, held to its own spikes so that nothing accumulates, with every value moved by
-  ``+- sqrt(n) eps`` of itself, the sign at random for each element; n is the largest number of terms that one of its readers adds up
-  (Monte Carlo arithmetic; Parker 1997). What arrives at the membranes and logits has gone through the network's own arithmetic, so
-  cancellation and amplification are those of this network. In each place the root mean square of the ``SAMPLES`` deviations is taken.
-  Neurons inside of an op, as those of the numerators of ``ntc::coded_attention``, are held by nobody, and their ties are too rare to be met
-  in so few samples: each result is also moved by one spike of theirs (``OpSpec.one_spike``), of a sign drawn per sample and token.
+- *Measurement.* The program runs again, held to its own spikes (and to which neuron fired them) so that nothing accumulates, with every
+  value moved by ``+- sqrt(n) eps`` of itself, the sign at random for each element; n is the largest number of terms that one of its
+  readers adds up (Monte Carlo arithmetic; Parker 1997). What arrives at the membranes and logits has gone through the network's own
+  arithmetic, so cancellation and amplification are those of this network. In each place the root mean square of the ``SAMPLES``
+  deviations is taken. Neurons inside of an op, as those of the numerators of ``ntc::coded_attention``, are held by nobody, and their ties
+  are too rare to be met in so few samples: each result is also moved by one spike of theirs (``OpSpec.one_spike``), of a sign drawn per
+  sample and token.
 - *Limit.* Of a neuron at a step, ``SAFETY`` (the g above: 8, probability ``n 10^-14``) times its largest deviation at any token, relative
   to its threshold, and ``(T + 4) eps`` for the T additions and subtractions in the membrane. Step by step, since digits have thresholds
   that fall: what rounding does to the last digit excuses nothing in the first.
@@ -30,7 +31,7 @@ from torch.fx import Node
 
 from ntc.ops import spec_of
 from ntc.program import Program, interpret
-from ntc.recording import Recorded
+from ntc.recording import Recorded, populations, sources
 
 __all__ = ["SAFETY", "SAMPLES", "Limits", "at_threshold", "limits", "margins"]
 
@@ -61,7 +62,7 @@ def limits(program: Program, one: Recorded, wanted: Sequence[str] = ()) -> Limit
         one: Its run on one sequence.
         wanted: Nodes among ``one.values`` whose limits are wanted, too.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, told = torch.Generator().manual_seed(0), sources(populations(program).values())
     membranes: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
 
@@ -81,6 +82,9 @@ def limits(program: Program, one: Recorded, wanted: Sequence[str] = ()) -> Limit
                 deviation = _off(other, u).square_().mean(1).sqrt_() / levels[0]
                 membranes[node.name] = SAFETY * deviation.amax(1) + (len(train) + 4) * torch.finfo(fired.dtype).eps
             return moved(node, fired.expand(-1, SAMPLES, -1, -1))
+        if node in told:  # the neuron that has fired those spikes, and not the next one
+            known = one.values[told[node].name].expand_as(args[node.args.index(told[node])])
+            value = node.target(*(known if given is told[node] else a for given, a in zip(node.args, args, strict=True)))  # type: ignore[operator]
         if isinstance(value, Tensor) and value.is_floating_point():
             spec = spec_of(node)
             if spec is not None and spec.one_spike is not None:

@@ -186,13 +186,17 @@ def _held(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance) ->
     ids = tokens[:1, : _length(trains.values(), tokens.shape[1])]
     expected: dict[str, Tensor] = {}
 
+    model, sources = Exposed(path, trains, cut=True), dict[str, Tensor]()
+
     def keep(node: Node, _: tuple[Any, ...], value: Any) -> None:
         if node.name in trains:
             expected[node.name] = value
+        elif node.name in model.sources:
+            sources[node.name] = value
 
     with torch.no_grad():
         logits = interpret(program, ids, keep)
-    found, got = Exposed(path, trains, cut=True).run(ids, expected)
+    found, got = model.run(ids, {**expected, **sources})
     difference = float((found - logits).abs().max())
     differing = {name: int((got[name] != value).sum()) for name, value in expected.items()}
     report = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from ntc.errors import ArtifactError, BackendError, DisagreementError
 from ntc.executors import Execution, Executor
 from ntc.program import Program
-from ntc.recording import populations
+from ntc.recording import populations, sources
 from ntc_backends.onnx_run import Exposed
 from ntc_backends.onnx_writer import DATA, MODEL
 
@@ -29,6 +29,7 @@ class OnnxExecutor(Executor):
 
         self.about = f"onnxruntime {onnxruntime.__version__}"
         self.path, self.populations = folder / MODEL, populations(program)
+        self.inputs = tuple(dict.fromkeys(source.name for source in sources(self.populations.values()).values()))
         self.files = (MODEL, DATA) if (folder / DATA).is_file() else (MODEL,)
         self.cut: Exposed | None = None
         self.whole = self._load(cut=False)
@@ -48,7 +49,7 @@ class OnnxExecutor(Executor):
     def held(self, ids: Tensor, values: Mapping[str, Tensor]) -> Execution:
         """The model cut behind each population."""
         self.cut = self.cut or self._load(cut=True)
-        return self._execution(self.cut, *self.cut.run(ids, {name: values[name] for name in self.populations}))
+        return self._execution(self.cut, *self.cut.run(ids, {name: values[name] for name in (*self.populations, *self.cut.sources)}))
 
     @staticmethod
     def _execution(model: Exposed, logits: Tensor, found: dict[str, Tensor]) -> Execution:

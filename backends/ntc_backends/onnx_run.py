@@ -5,7 +5,7 @@ One mechanism for both forms of a program: a file of the streaming one takes and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ntc.errors import BackendError, DisagreementError
+from ntc.recording import sources
 from ntc_backends.onnx_integer_trains import pack, unpack
 from ntc_backends.onnx_writer import onnx_type
 
@@ -72,10 +73,11 @@ class Exposed:
     """A model file whose populations are seen.
 
     The file is changed in memory only: what a population fires becomes an output. With ``cut`` the edge behind it is cut, too: what its
-    readers see is an input.
+    readers see is an input; so is the value that the spikes were made of, where a reader takes that as well (``OpSpec.source``).
 
     Attributes:
         counts: Populations that the file runs in closed form: their value is the number of spikes ``[B, L, C]`` and not a train.
+        sources: Of a model that is cut, nodes of the program whose values are inputs beside the trains.
     """
 
     def __init__(self, path: Path, populations: Mapping[str, Node], *, cut: bool, state: Sequence[str] = ()) -> None:
@@ -88,7 +90,7 @@ class Exposed:
             state: Names of the parts of its state: inputs ``NAME`` and outputs ``NAME_next``.
 
         Raises:
-            DisagreementError: If the file has no such node, or no such state.
+            DisagreementError: If the file has no such node, or no such state, or a reader of spikes takes another value with them.
             BackendError: If ONNX Runtime cannot load it.
         """
         try:
@@ -112,11 +114,30 @@ class Exposed:
                 model.graph.input.append(helper.make_tensor_value_info(value, onnx_type(dtype), shape))
                 nodes[name].output[0] = self._outputs[name]
             model.graph.output.append(helper.make_tensor_value_info(self._outputs[name], onnx_type(dtype), shape))
+        self.sources = self._cut_sources(model, nodes, populations.values()) if cut else ()
         known = set(self._values.values())
         kept = [i for i in model.graph.value_info if i.name not in known]
         del model.graph.value_info[:]
         model.graph.value_info.extend(kept)
         self._session = session(model.SerializeToString(), path.parent)
+
+    def _cut_sources(self, model: onnx.ModelProto, nodes: Mapping[str, onnx.NodeProto], populations: Iterable[Node]) -> tuple[str, ...]:
+        """Make inputs of the values that spikes were made of, for those that read both."""
+        found: dict[str, Node] = {}
+        for reader, source in sources(populations).items():
+            if reader.name not in nodes:
+                raise DisagreementError(f"the model has no node {reader.name}")
+            population, place = next(n for n in reader.all_input_nodes if n.name in self._values), reader.args.index(source)
+            given, made_of = nodes[reader.name].input[place], nodes[population.name].input[population.args.index(source)]
+            if given != made_of:
+                raise DisagreementError(f"node {reader.name} of the model reads {given} beside spikes that are made of {made_of}")
+            nodes[reader.name].input[place] = self._values[source.name] = f"{source.name}.held"
+            found[source.name] = source
+        for name, source in found.items():
+            value = source.meta["val"]
+            model.graph.input.append(helper.make_tensor_value_info(self._values[name], onnx_type(value.dtype), [None] * value.dim()))
+            self._forms[name] = _Form(value.dtype, [], None)
+        return tuple(found)
 
     def _form_of(self, nodes: Mapping[str, onnx.NodeProto], name: str, node: Node) -> _Form:
         if name not in nodes:
@@ -147,7 +168,7 @@ class Exposed:
         Args:
             ids: ``[B, L]``.
             state: Of a model of the streaming form, every part by name.
-            trains: If the model is cut, what readers of the populations see, ``[T, B, L, C]``.
+            trains: If the model is cut, what readers of the populations see, ``[T, B, L, C]``, and the values of ``sources``.
 
         Raises:
             BackendError: If ONNX Runtime fails.

@@ -125,15 +125,19 @@ def _beside(model: Exposed, program: Program, ids: Tensor, *, held: bool) -> Ite
     stream, nodes = Stream(program, len(ids)), populations(program)
     own = stream.named()
     for start, stop in _pieces(ids.shape[1]):
-        piece, fired = ids[:, start:stop], dict[str, Tensor]()
+        piece, fired, sources = ids[:, start:stop], dict[str, Tensor](), dict[str, Tensor]()
 
-        def keep(node: Node, _: tuple[Any, ...], value: Any, fired: dict[str, Tensor] = fired) -> None:
+        def keep(
+            node: Node, _: tuple[Any, ...], value: Any, fired: dict[str, Tensor] = fired, sources: dict[str, Tensor] = sources
+        ) -> None:
             if node.name in nodes:
                 fired[node.name] = value
+            elif node.name in model.sources:
+                sources[node.name] = value
 
         before = stream.named() if held else own
         expected = Step(stream(piece, keep), fired, stream.named())
-        found = model.step(piece, before, fired if held else None)
+        found = model.step(piece, before, {**fired, **sources} if held else None)
         own = found.state
         yield start, expected, found
 

@@ -294,6 +294,6 @@ FewSpikesSynapse <steps> (spikes, x, intervals, weight) => (train)
 FS_SYNAPSE = register(
     OpSpec(
         target=torch.ops.ntc.fs_synapse.default, infer=_infer_synapse, count=_count_synapse, moves=_moves_synapse, element="scale",
-        kind="neurons", onnx=_ONNX_SYNAPSE,
+        kind="neurons", onnx=_ONNX_SYNAPSE, source=1,
     )
 )  # fmt: skip

@@ -148,6 +148,8 @@ class OpSpec:
             (0 and +-2^i, i < N); None = ties at a threshold cannot be told from mistakes (``ntc.rounding``).
         one_spike: Of ops with neurons inside that their result does not show: from arguments and result, how far one spike of theirs moves
             each of the results at most; None = there are none. Without it a tie in there would pass for a mistake (``ntc.rounding``).
+        source: Of ops that read a train and the value that it was made of, since that tells which neuron fired: where that value stands in
+            their arguments. Whoever holds the train holds it, too: a train of one neuron that is read as another's tells nothing.
         bound: Of the integer grade: the interval of the result and of what is held inside, from those of the arguments
             (``ntc.ops.interval``); None = the op has no integer form.
     """
@@ -163,6 +165,7 @@ class OpSpec:
     traced: Callable[..., Tensor] | None = None
     membrane: MembraneRule | None = None
     one_spike: Callable[[Sequence[Any], Tensor], Tensor] | None = None
+    source: int | None = None
     bound: BoundRule | None = None
 
 
