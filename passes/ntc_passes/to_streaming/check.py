@@ -25,6 +25,7 @@ from ntc.meta import TYPE, where
 from ntc.ops import spec_of
 from ntc.pipeline import exact_limit
 from ntc.program import Program, interpret
+from ntc.recording import sources
 from ntc.spike_type import SpikeType
 from ntc.streaming import Stream
 from ntc_passes.to_streaming.positions import constant_nodes, token_axis
@@ -59,6 +60,7 @@ def check(parallel: Program, streaming: Program) -> dict[str, Any]:
             return expected
         else:
             moved[node.name] = max(moved.get(node.name, 0.0), _distance(value, expected))
+            return expected if node.name in recorded.sources else None
         return None
 
     for start, stop in _pieces(parallel.example.shape[1]):
@@ -97,6 +99,8 @@ class _Recorded:
         self.axes = {n.name: axis for n in nodes if (axis := token_axis(program, n)) is not None}
         self.values: dict[str, Tensor] = {}
         self.populations = {n.name for n in program.graph.nodes if n.name in self.axes and _is_population(n)}
+        # What a reader of spikes reads, too: it says which neuron has fired them.
+        self.sources = {source.name for source in sources(n for n in nodes if n.name in self.populations).values()} & self.axes.keys()
         self._run(self.values, lambda node, value: None)
 
     def part(self, name: str, start: int, stop: int) -> Tensor | None:
@@ -111,7 +115,7 @@ class _Recorded:
             shaken: dict[str, Tensor] = {}
 
             def shake(node: Node, value: Tensor, generator: torch.Generator = generator) -> Tensor | None:
-                if node.name in self.populations:
+                if node.name in self.populations | self.sources:
                     return self.values[node.name]
                 if not value.is_floating_point():
                     return None
