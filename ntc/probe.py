@@ -40,6 +40,7 @@ _CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
 
 _SELECT_OPS = frozenset({
     aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem,
+    aten.index.Tensor,
 })  # fmt: skip
 
 _SCALE_OPS = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar})
@@ -162,7 +163,7 @@ class Gathered:
     """``node[b, h, l, d] = factor * root[b, l, channels[h D + d]]``: heads split off a wider tensor.
 
     Attributes:
-        root: A node of shape ``[B, L, N]``.
+        root: A node of shape ``[B, L, N]``, or one of heads ``[B, G, L, E]``, which stands for ``[B, L, G E]``.
         channels: Which channels of the root, ``[C]``.
         factor: Constant factor.
     """
@@ -172,7 +173,7 @@ class Gathered:
     factor: float
 
 
-def gather_of(program: Program, node: Node, view: Callable[[Tensor], Tensor]) -> Gathered | None:
+def gather_of(program: Program, node: Node, view: Callable[[Tensor], Tensor], heads: bool = False) -> Gathered | None:
     """Find where the channels of a node come from.
 
     Walks back through operations that move, select or scale elements; the farthest ``[B, L, N]`` tensor whose channels
@@ -183,13 +184,16 @@ def gather_of(program: Program, node: Node, view: Callable[[Tensor], Tensor]) ->
         program: The program.
         node: The node to explain.
         view: Brings its value to ``[B, L, C]``, for example by merging heads.
+        heads: Look for a tensor of heads ``[B, G, L, E]`` instead, as rotated queries and keys are.
     """
     chain = [node]
     while (step := _source(chain[-1])) is not None:
         chain.append(step)
     for at, root in reversed(list(enumerate(chain))):
         value = root.meta.get("val")
-        if not isinstance(value, Tensor) or value.dim() != 3 or not isinstance(value.shape[-1], int) or not keeps_values(root, chain[:at]):
+        if not isinstance(value, Tensor) or value.dim() != (4 if heads else 3) or not keeps_values(root, chain[:at]):
+            continue
+        if not all(isinstance(value.shape[i], int) for i in ((1, 3) if heads else (2,))):
             continue
         found = _explain(program, root, node, view)
         if found is not None:
@@ -215,11 +219,14 @@ def _explain(program: Program, root: Node, node: Node, view: Callable[[Tensor], 
     factor = 1.0
     for sizes in probe_sizes(program):
         shape = shape_at(program, root, sizes)
-        probe = index_tensor(shape)
+        if len(shape) == 4 and (shape[0], shape[2]) != sizes:
+            return None
+        probe = index_tensor((*sizes, shape[1] * shape[3]) if len(shape) == 4 else shape)
+        given = probe.reshape(*sizes, shape[1], shape[3]).transpose(1, 2) if len(shape) == 4 else probe
         try:
-            got = view(evaluate(program, node, {root: probe}, sizes)).double()
+            got = view(evaluate(program, node, {root: given}, sizes)).double()
             # Twice the probe plus one tells a pure scaling from anything affine.
-            other = view(evaluate(program, node, {root: 2 * probe + 1}, sizes)).double()
+            other = view(evaluate(program, node, {root: 2 * given + 1}, sizes)).double()
         except (LookupError, RuntimeError, IndexError, ValueError, TypeError):
             return None
         if got.dim() != 3 or got.shape[:2] != probe.shape[:2]:
@@ -231,7 +238,7 @@ def _explain(program: Program, root: Node, node: Node, view: Callable[[Tensor], 
         if channels is not None and not torch.equal(index, channels):
             return None
         channels = index
-        if int(index.min()) < 0 or int(index.max()) >= shape[-1] or not torch.allclose(got, factor * probe[..., index], rtol=1e-6):
+        if int(index.min()) < 0 or int(index.max()) >= probe.shape[-1] or not torch.allclose(got, factor * probe[..., index], rtol=1e-6):
             return None
     assert channels is not None
     return Gathered(root, channels, factor)

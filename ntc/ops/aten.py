@@ -193,7 +193,7 @@ for _op in (
     aten.unflatten.int, aten.flatten.using_ints, aten.t.default, aten.to.dtype, aten._to_copy.default, aten.chunk.default,
     aten.index.Tensor, aten.squeeze.dim, aten.full.default, aten.ones.default, aten.zeros.default, aten.tril.default,
     aten._unsafe_view.default, aten.index_select.default, aten.repeat.default, aten.repeat_interleave.self_int, aten.stack.default,
-    aten.to.dtype_layout, aten.to.device,
+    aten.to.dtype_layout, aten.to.device, aten.gather.default, aten.expand_as.default, aten.reshape_as.default,
 ):  # fmt: skip
     register(OpSpec(_op, host_rule, _free, still, kind="layout"))
 for _arithmetic in (operator.add, operator.mul, operator.sub, operator.floordiv):  # on sizes

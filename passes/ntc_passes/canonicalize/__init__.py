@@ -21,14 +21,16 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from ntc.errors import PassError
+from ntc.meta import where
 from ntc.ops import aten
 from ntc.pipeline import Context, Pass, PassResult
 from ntc.program import Program
 from ntc_passes.canonicalize.activations import rewrite_activations
 from ntc_passes.canonicalize.attention import SOFTMAX, over_tokens, rewrite_attention
 from ntc_passes.canonicalize.fused import split_fused_projections
-from ntc_passes.canonicalize.layouts import drop_identity_layouts, drop_no_ops, views_to_reshapes
-from ntc_passes.canonicalize.linears import rewrite_linears
+from ntc_passes.canonicalize.layouts import drop_identity_layouts, drop_no_ops, views_to_reshapes, writes_to_results
+from ntc_passes.canonicalize.linears import rewrite_linears, take_in_biases
 from ntc_passes.canonicalize.making import NAME
 from ntc_passes.canonicalize.names import tidy_names
 from ntc_passes.canonicalize.norms import rewrite_norms
@@ -47,14 +49,18 @@ class Canonicalize(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         """Apply the rules in order; each leaves a program that computes the same."""
         sites, missed = 0, list[tuple[Node, str]]()
-        # Views first: a view is only valid on the strides that the copies gave it, and copies are dropped next.
-        for rule in (views_to_reshapes, drop_no_ops, drop_identity_layouts, rewrite_linears, drop_identity_layouts, rewrite_activations):
+        # Writes and views first: a view is only valid on the strides that the copies gave it, and copies are dropped next.
+        for rule in (writes_to_results, views_to_reshapes, drop_no_ops, drop_identity_layouts):
+            sites += rule(program)
+        for rule in (rewrite_linears, drop_identity_layouts, take_in_biases, rewrite_activations):
             sites += rule(program)
         norms, no_norms = rewrite_norms(program)
         sites, missed = sites + norms, [*missed, *no_norms]
         for node in list(program.graph.nodes):
             if (node.target in SOFTMAX and over_tokens(node)) or node.target is aten.scaled_dot_product_attention.default:
                 reason = rewrite_attention(program, node)
+                if reason and node.target not in SOFTMAX:
+                    raise PassError(f"scaled_dot_product_attention at {where(node)} is no causal attention that ntc knows: {reason}")
                 if reason:
                     missed.append((node, reason))
                 else:

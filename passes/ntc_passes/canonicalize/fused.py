@@ -23,9 +23,10 @@ def channels_of(program: Program, g: Gathered, part: str, call: Callable[..., No
 
     ``part`` (``q``, ``k``, ``v``, ``gate`` or ``up``) names the rows.
     """
-    width = g.root.meta["val"].shape[-1]
-    if torch.equal(g.channels, torch.arange(width)):
-        return g.root
+    shape = g.root.meta["val"].shape
+    heads = len(shape) == 4  # [B, G, L, E]
+    if torch.equal(g.channels, torch.arange(shape[1] * shape[3] if heads else shape[2])):
+        return _merged(g.root, call) if heads else g.root
     if g.root.target is aten.linear.default:
         arguments: list[Any] = [g.root.args[0]]
         for tensor in g.root.args[1:]:
@@ -35,8 +36,12 @@ def channels_of(program: Program, g: Gathered, part: str, call: Callable[..., No
         return call(aten.linear.default, *arguments, at=g.root)
     first = int(g.channels[0])
     if torch.equal(g.channels, torch.arange(first, first + len(g.channels))):
-        return call(aten.slice.Tensor, g.root, -1, first, first + len(g.channels))
+        return call(aten.slice.Tensor, _merged(g.root, call) if heads else g.root, -1, first, first + len(g.channels))
     return None
+
+
+def _merged(heads: Node, call: Callable[..., Node]) -> Node:
+    return call(aten.flatten.using_ints, call(aten.transpose.int, heads, 1, 2), 2)
 
 
 def _row_name(tensor: str, part: str) -> str:

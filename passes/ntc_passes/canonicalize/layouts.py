@@ -1,4 +1,4 @@
-"""Operations that do nothing: no-ops, and chains of layout changes that end where they began."""
+"""Operations that do nothing: no-ops, chains of layout changes that end where they began, writes in place that nobody else sees."""
 
 from __future__ import annotations
 
@@ -11,12 +11,48 @@ from ntc.probe import LAYOUT_OPS, equals, keeps_values, shape_at
 from ntc.program import Program
 from ntc_passes.canonicalize.making import NAME
 
-__all__ = ["drop_identity_layouts", "drop_no_ops", "views_to_reshapes"]
+__all__ = ["drop_identity_layouts", "drop_no_ops", "views_to_reshapes", "writes_to_results"]
 
 # Nothing, where the value has the type already.
 _COPIES = frozenset({
     aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default, aten.contiguous.default, aten.clone.default,
 })  # fmt: skip
+
+_IN_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor, aten.sub_.Tensor: aten.sub.Tensor, aten.mul_.Tensor: aten.mul.Tensor,
+    aten.div_.Tensor: aten.div.Tensor, aten.relu_.default: aten.relu.default, aten.silu_.default: aten.silu.default,
+}  # fmt: skip
+
+
+def writes_to_results(program: Program) -> int:
+    """``x.add_(y)`` is ``x + y`` where nobody else reads x, nor a tensor that x is a view of."""
+    count = 0
+    for node in program.graph.nodes:
+        if node.target in _IN_PLACE and _only_reader(node) and _same_type(node):
+            node.target = _IN_PLACE[node.target]
+            node.meta[MADE_BY] = tuple(dict.fromkeys((*node.meta[MADE_BY], NAME)))
+            count += 1
+    return count
+
+
+def _only_reader(node: Node) -> bool:
+    """Whether what it writes into is seen through no other node."""
+    written = node.args[0]
+    while isinstance(written, Node) and written.op == "call_function" and len(written.users) == 1:
+        schema = getattr(written.target, "_schema", None)
+        if schema is None:
+            return False
+        # At inference dropout returns what it is given.
+        if written.target is not aten.dropout.default and all(r.alias_info is None for r in schema.returns):
+            return True
+        written = written.args[0] if written.args else None
+    return False
+
+
+def _same_type(node: Node) -> bool:
+    """Whether the sum, say, has the type of what it is written into by itself; a number never widens a floating-point tensor."""
+    tensors = [a.meta["val"] for a in node.args if isinstance(a, Node) and isinstance(a.meta["val"], Tensor)]
+    return all(t.dtype == tensors[0].dtype and t.is_floating_point() for t in tensors)
 
 
 def views_to_reshapes(program: Program) -> int:

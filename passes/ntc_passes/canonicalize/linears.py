@@ -1,4 +1,4 @@
-"""addmm, mm and matmul with a weight become ``linear``."""
+"""addmm, mm and matmul with a weight become ``linear``, and take in the bias that is added to them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from ntc.probe import LAYOUT_OPS, equals, evaluate, keeps_values
 from ntc.program import Program
 from ntc_passes.canonicalize.making import constant, making
 
-__all__ = ["rewrite_linears"]
+__all__ = ["rewrite_linears", "take_in_biases"]
+
 
 def _constant_matrix(program: Program, node: object) -> tuple[Node, Tensor, bool] | None:
     """A weight matrix (in, out) behind a node: (its get_attr, value, whether the stored tensor is already (out, in))."""
     if not isinstance(node, Node):
         return None
     base = node
-    while base.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten.contiguous.default):
+    while base.target in (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.contiguous.default):
         base = base.args[0]  # type: ignore[assignment]
     if base.op != "get_attr" or base.meta["val"].dim() != 2:
         return None
@@ -51,6 +52,24 @@ def rewrite_linears(program: Program) -> int:
             if source is not x:  # the old node was [B * L, out]: what follows sees that, and the chain cancels later
                 result = call(aten.reshape.default, result, [-1, value.shape[1]])
         node.replace_all_uses_with(result)
+        program.graph.erase_node(node)
+        count += 1
+    return count
+
+
+def take_in_biases(program: Program) -> int:
+    """``linear(x, w) + b`` with a constant b of its width is ``linear(x, w, b)``, if nobody else reads the product."""
+    count = 0
+    for node in list(program.graph.find_nodes(op="call_function", target=aten.linear.default)):
+        add = next(iter(node.users)) if len(node.users) == 1 else None
+        if add is None or add.target is not aten.add.Tensor or add.kwargs or (len(node.args) > 2 and node.args[2] is not None):
+            continue
+        bias = next((a for a in add.args if a is not node), None)
+        if not isinstance(bias, Node) or bias.op != "get_attr" or bias.meta["val"].shape != node.meta["val"].shape[-1:]:
+            continue
+        with making(program, add, [node, add]) as call:
+            add.replace_all_uses_with(call(aten.linear.default, *node.args[:2], bias, at=node))
+        program.graph.erase_node(add)
         program.graph.erase_node(node)
         count += 1
     return count
