@@ -28,6 +28,9 @@ _NAME = "ntc"
 _NOT_CAPTURED = ("position_bias", "sinks", "indices", "block_indices")
 """What attention functions of transformers are given beside the usual: numbers added to scores or keys, and tokens picked."""
 
+_PICKED = ("index_topk", "indexer_budget")
+"""Fields of a config that say how many tokens an indexer leaves to attend to."""
+
 
 class _NoTensor:
     """Stands where transformers hands on a mask: the attention function reads it, and a model that computes with its mask cannot."""
@@ -116,10 +119,10 @@ def our_attention(model: PreTrainedModel) -> Iterator[None]:
     if "linear_attention" in kinds and getattr(config, "block_size", None):  # torch takes the number of blocks for a constant
         name = type(model).__name__
         raise CaptureError(f"{name} computes linear attention block by block (block_size {config.block_size}), which ntc does not capture")
-    picked = getattr(config, "index_topk", None)
-    if picked:
-        name = type(model).__name__
-        raise CaptureError(f"{name} attends to {picked} tokens that an indexer picks (index_topk), which ntc does not capture")
+    for field in _PICKED:
+        if picked := getattr(config, field, None):
+            name = type(model).__name__
+            raise CaptureError(f"{name} attends to {picked} tokens that an indexer picks ({field}), which ntc does not capture")
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
     before = model.config._attn_implementation

@@ -88,10 +88,11 @@ def test_linear_attention_by_blocks_is_refused() -> None:
         pass
 
 
-def test_an_indexer_is_refused() -> None:
-    indexed = SimpleNamespace(index_topk=2048)
+@pytest.mark.parametrize("field", ["index_topk", "indexer_budget"])
+def test_an_indexer_is_refused(field: str) -> None:
+    indexed = SimpleNamespace(**{field: 2048})
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: indexed))
-    with pytest.raises(CaptureError, match=r"SimpleNamespace attends to 2048 tokens that an indexer picks \(index_topk\)"), our_attention(model):
+    with pytest.raises(CaptureError, match=rf"SimpleNamespace attends to 2048 tokens that an indexer picks \({field}\)"), our_attention(model):
         pass
 
 
