@@ -25,7 +25,7 @@ from ntc.errors import DisagreementError
 from ntc.executors import Execution, Executor
 from ntc.meta import block_of, module_of, where
 from ntc.program import Program
-from ntc.recording import Recorded, grade_of, populations, role_of
+from ntc.recording import Recorded, grade_of, neurons_of, populations, role_of
 from ntc.rounding import Limits, at_threshold, limits, margins
 from ntc.verdict import Current, Findings, First, Layer, Verdict, finite, judge, promised, worst_of
 
@@ -38,15 +38,17 @@ _STRICT = 16
 class Agreement:
     """Compares one executor with the program, batch by batch.
 
+    ``window`` is the length of the sequences: populations on rows of attention have more neurons per token in longer ones.
+
     Attributes:
         findings: What was found so far.
     """
 
-    def __init__(self, program: Program, executor: Executor) -> None:
+    def __init__(self, program: Program, executor: Executor, window: int) -> None:
         self.program, self.executor = program, executor
         missing, other = dict(executor.unsupported), dict(executor.approximate)
         nodes = populations(program)
-        layers = {name: _layer(node, missing.get(name), other.get(name, "")) for name, node in nodes.items()}
+        layers = {name: _layer(node, window, missing.get(name), other.get(name, "")) for name, node in nodes.items()}
         self.findings = Findings(grade_of(program), nodes, layers)
         self._limits: Limits | None = None
 
@@ -173,10 +175,10 @@ class Agreement:
         return _to_json(self.findings, *judge(self.findings), self.executor)
 
 
-def nothing(program: Program, verdict: Verdict, reason: str) -> dict[str, Any]:
+def nothing(program: Program, window: int, verdict: Verdict, reason: str) -> dict[str, Any]:
     """The result of a target that cannot be run."""
     nodes = populations(program)
-    return _to_json(Findings(grade_of(program), nodes, {n: _layer(node, reason, "") for n, node in nodes.items()}), verdict, reason)
+    return _to_json(Findings(grade_of(program), nodes, {n: _layer(node, window, reason, "") for n, node in nodes.items()}), verdict, reason)
 
 
 def _to_json(found: Findings, verdict: Verdict, reason: str, executor: Executor | None = None) -> dict[str, Any]:
@@ -207,9 +209,9 @@ def _to_json(found: Findings, verdict: Verdict, reason: str, executor: Executor 
     }  # fmt: skip
 
 
-def _layer(node: Node, missing: str | None, other: str) -> Layer:
-    shape = node.meta["val"].shape
-    row = Layer(node.name, module_of(node), block_of(node), role_of(node), int(shape[-1]), int(shape[0]))
+def _layer(node: Node, window: int, missing: str | None, other: str) -> Layer:
+    neurons, steps = neurons_of(node, window) // window, int(node.meta["val"].shape[0])
+    row = Layer(node.name, module_of(node), block_of(node), role_of(node), neurons, steps)
     row.by, row.reason = ("spikes", other) if missing is None else ("nothing", missing)
     return row
 

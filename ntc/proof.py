@@ -86,15 +86,16 @@ def prove(
     program = program or artifact.load(folder)
     if not populations(program):
         raise ArtifactError(f"the program in {folder} has no neurons, so there are no spikes to compare; compile it with another recipe")
+    window = tokens.windows.shape[1]
     with ExitStack() as stack:
         for target in chosen:
             progress(f"prepare {target.name}", 0, 1)
-            _prepare(target, folder, program, stack)
+            _prepare(target, folder, program, window, stack)
         _compare(program, chosen, tokens, progress)
         return _report(program, chosen, tokens)
 
 
-def _prepare(target: _Target, folder: Path, program: Program, stack: ExitStack) -> None:
+def _prepare(target: _Target, folder: Path, program: Program, window: int, stack: ExitStack) -> None:
     """Find or write the artefact and let its executor read it."""
     try:
         runner, writer = executor(target.name), backend(target.name)
@@ -103,7 +104,7 @@ def _prepare(target: _Target, folder: Path, program: Program, stack: ExitStack) 
             _write(writer, program, folder)
         runner.prepare(folder, program)
         target.files = {name: artifact.sha256_of(folder / name) for name in runner.files}
-        target.agreement = Agreement(program, runner)
+        target.agreement = Agreement(program, runner, window)
     except DisagreementError as error:
         target.fails("differs", error)
     except (BackendError, ConfigError) as error:
@@ -144,12 +145,11 @@ def _compare(program: Program, targets: Sequence[_Target], tokens: Tokens, progr
 
 
 def _report(program: Program, targets: Sequence[_Target], tokens: Tokens) -> dict[str, Any]:
-    rows: dict[str, Any] = {}
+    rows, window = dict[str, Any](), tokens.windows.shape[1]
     for target in targets:
-        found = target.agreement.result() if target.agreement is not None else nothing(program, target.verdict, target.reason)
+        found = target.agreement.result() if target.agreement is not None else nothing(program, window, target.verdict, target.reason)
         rows[target.name] = {**found, "artefact": "temporary" if target.written else "folder", "files": target.files or {}}
     grade = grade_of(program)
-    window = int(tokens.windows.shape[1])
     ran = [row for row in rows.values() if row["verdict"] != "unsupported"]
     return {
         "grade": grade, "agrees": bool(ran) and all(row["agrees"] for row in rows.values()), "tokens": tokens.count,

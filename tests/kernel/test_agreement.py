@@ -37,9 +37,9 @@ integer_program = cache(quantized)
 
 
 def compared(program: Program, executor: ProgramExecutor, count: int = 240, rows: int = 8) -> dict[str, Any]:
-    agreement, first = Agreement(program, executor), 0
-    vocabulary = program.info.vocab_size
-    for ids in tokens(count, vocabulary).batches(rows):
+    text, first = tokens(count, program.info.vocab_size), 0
+    agreement = Agreement(program, executor, text.windows.shape[1])
+    for ids in text.batches(rows):
         agreement.add(record(program, ids, first, (*executor.inputs, *executor.outputs)))
         first += len(ids)
     return agreement.result()
@@ -122,7 +122,7 @@ def test_mistakes_are_found_and_named(make: Callable[[], Program], kind: str) ->
 def test_first_difference_is_the_first() -> None:
     program = float_program()
     ids = tokens(240).windows
-    agreement = Agreement(program, executor := ProgramExecutor(program, fire_with(hard=True, node="v")))
+    agreement = Agreement(program, executor := ProgramExecutor(program, fire_with(hard=True, node="v")), ids.shape[1])
     agreement.add(given := record(program, ids, 100))
     first = layer(agreement.result(), "v")["first"]
     differ = (executor.run(ids).spikes["v"] != given.trains["v"]).nonzero().tolist()

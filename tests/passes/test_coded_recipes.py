@@ -73,6 +73,7 @@ def test_end_to_end(name: str, network: str, tmp_path: Path) -> None:
     assert proof["agrees"] and row["verdict"] in ("exact", "approximate"), row["reason"]
     assert row["coverage"]["share"] == 1 and row["compared"] > 10_000
     assert row["held"]["spike_mismatches"] == row["held"]["ties"] + row["held"]["consequences"]
+    assert sum(layer["neurons"] for layer in row["layers"]) == proof["neurons"], "rows of attention are as long as the text"
 
 
 @pytest.mark.parametrize("name", sorted(LEAST))
@@ -101,7 +102,7 @@ def test_a_wrong_threshold_of_one_digit_is_no_tie(name: str, digit: int, tmp_pat
     thresholds = str(program.find("layers_0_input_layernorm_spikes").args[3].target)
     wrong = changed(program, thresholds, set_element(digit, 1.1))
     with torch.no_grad():
-        agreement = Agreement(program, ProgramExecutor(wrong))
+        agreement = Agreement(program, ProgramExecutor(wrong), TOKENS.windows.shape[1])
         agreement.add(record(program, TOKENS.windows, 0))
     found = agreement.result()
     assert found["verdict"] == "differs" and "are no ties" in found["reason"]
