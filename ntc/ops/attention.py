@@ -22,8 +22,8 @@ from ntc.ops.traffic import causal, rows_of
 from ntc.spike_type import ANALOG, NodeType
 
 __all__ = [
-    "ATTENTION", "ATTENTION_STREAM", "ONNX_MERGE", "ONNX_SIZES", "ONNX_SPLIT", "attention", "attention_gradients", "attention_stream",
-    "grouped", "merge_heads", "per_head", "seen_by", "split_heads",
+    "ATTENTION", "ATTENTION_STREAM", "ONNX_GROUPED_HEADS", "ONNX_MERGE", "ONNX_SIZES", "ONNX_SPLIT", "attention", "attention_gradients",
+    "attention_stream", "grouped", "merge_heads", "per_head", "seen_by", "split_heads",
 ]  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _moves_stream(node: Node, operands: Sequence[Operand], result: Operand, meas
     return rows_of(operands, result, operands[3].shape[-2] + causal(operands[0].shape[-2]))
 
 
-ONNX_SIZES = """
+ONNX_GROUPED_HEADS = """
     query_heads = Constant <value_int: int = @heads> ()
     key_heads = Constant <value_int: int = @kv_heads> ()
     groups = Div(query_heads, key_heads)
@@ -193,8 +193,12 @@ ONNX_SIZES = """
     hk = Unsqueeze(key_heads, axis)
     g = Unsqueeze(groups, axis)
     h = Unsqueeze(query_heads, axis)
-    one = Constant <value_ints = [1]> ()
+    single = Constant <value_ints = [1]> ()
     any = Constant <value_ints = [-1]> ()
+"""
+"""Numbers of heads as the axes that shapes are made of, in the text of ONNX functions."""
+
+ONNX_SIZES = f"""{ONNX_GROUPED_HEADS}
     length = Shape <start = -2, end = -1> (query)
     lead = Shape <end = -1> (query)
     query_width = Shape <start = -1> (query)
@@ -205,8 +209,8 @@ ONNX_SIZES = """
     value_size = Div(value_width, hk)
     query_shape = Concat <axis = 0> (any, length, hk, g, query_size)
     key_length = Shape <start = -2, end = -1> (key)
-    key_shape = Concat <axis = 0> (any, key_length, hk, one, key_size)
-    value_shape = Concat <axis = 0> (any, key_length, hk, one, value_size)
+    key_shape = Concat <axis = 0> (any, key_length, hk, single, key_size)
+    value_shape = Concat <axis = 0> (any, key_length, hk, single, value_size)
     query_split = Reshape(query, query_shape)
     key_split = Reshape(key, key_shape)
     value_split = Reshape(value, value_shape)
@@ -267,7 +271,7 @@ AttentionStream <heads, kv_heads, scale> (query, new_key, new_value, keys, value
     width = Add(past, length)
     table = Concat <axis = 0> (length, width)
     all_hidden = Expand(hidden, table)
-    diagonal_size = Add(past, one)
+    diagonal_size = Add(past, single)
     diagonal = Squeeze(diagonal_size)
     mask = Trilu <upper = 1> (all_hidden, diagonal)
     masked = Add(scaled, mask)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.attention import grouped, merge_heads, per_head, seen_by, split_heads
+from ntc.ops.attention import ONNX_GROUPED_HEADS, grouped, merge_heads, per_head, seen_by, split_heads
 from ntc.ops.coded_scores import all_analog, check_heads, check_table
-from ntc.ops.open_attention import ONNX_GROUPED_HEADS, by_head
+from ntc.ops.open_attention import by_head
 from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, host_rule, register
 from ntc.ops.spike_linear import ONNX_SUM, fitted_train, weighted
 from ntc.ops.traffic import values

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ntc.ops.attention import grouped, merge_heads, per_head, seen_by, split_heads
+from ntc.ops.attention import ONNX_GROUPED_HEADS, grouped, merge_heads, per_head, seen_by, split_heads
 from ntc.ops.spec import Counts, Operand, OpSpec, Traffic, host_rule, register
 from ntc.ops.traffic import causal, values
 from ntc.ops.windowed_attention import ONNX_WINDOW_MASK
 from ntc.spike_type import NodeType
 
 __all__ = [
-    "CAUSAL_SCORES", "ONNX_GROUPED_HEADS", "WEIGHTED_VALUES", "by_head", "causal_scores", "masked_scores", "onnx_scores",
-    "score_gradients", "weighted_values",
+    "CAUSAL_SCORES", "WEIGHTED_VALUES", "by_head", "causal_scores", "masked_scores", "onnx_scores", "score_gradients", "weighted_values",
 ]  # fmt: skip
 
 
@@ -152,20 +151,6 @@ def _moves_scores(node: Node, operands: Sequence[Operand], result: Operand, meas
 
 def _moves_values(node: Node, operands: Sequence[Operand], result: Operand, measured: dict[str, float]) -> Traffic:
     return values(result) + Traffic(cache=_products(node, result)[1] * operands[1].shape[-1])
-
-
-ONNX_GROUPED_HEADS = """
-    query_heads = Constant <value_int: int = @heads> ()
-    key_heads = Constant <value_int: int = @kv_heads> ()
-    groups = Div(query_heads, key_heads)
-    axis = Constant <value_ints = [0]> ()
-    hk = Unsqueeze(key_heads, axis)
-    g = Unsqueeze(groups, axis)
-    h = Unsqueeze(query_heads, axis)
-    single = Constant <value_ints = [1]> ()
-    any = Constant <value_ints = [-1]> ()
-"""
-"""Numbers of heads as the axes that shapes are made of, in the text of ONNX functions."""
 
 
 def onnx_scores(query: str = "query", key: str = "key") -> str:

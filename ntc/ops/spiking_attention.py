@@ -286,7 +286,7 @@ def _count(node: Node, operands: Sequence[Operand], result: Operand, measured: d
 _ONNX_SCAN = """
     numbers = Shape(leak)
     rows = Min(numbers, hk)
-    decay_shape = Concat <axis = 0> (rows, any, one)
+    decay_shape = Concat <axis = 0> (rows, any, single)
     decay = Reshape(leak, decay_shape)
     end, counts = Scan <
         num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1],
@@ -312,7 +312,7 @@ SpikingAttention <heads, kv_heads> (query, key, value) => (y)
 SpikingAttention <heads, kv_heads> (query, key, value, leak) => (y)
 {{{ONNX_SIZES}
     key_sizes = Shape(key_split)
-    batch = Slice(key_sizes, axis, one)
+    batch = Slice(key_sizes, axis, single)
     state_shape = Concat <axis = 0> (batch, hk, key_size, value_size)
     nought_value = Constant <value_float = 0.0> ()
     nought = CastLike(nought_value, query)
@@ -365,7 +365,7 @@ _ONNX_STREAM = f"""
 <domain: "ntc", opset_import: ["": 20]>
 SpikingAttentionStream <heads, kv_heads> (query, key, value, state) => (y, state_next)
 {{{ONNX_SPLIT}
-    state_shape = Concat <axis = 0> (any, hk, one, key_size, value_size)
+    state_shape = Concat <axis = 0> (any, hk, single, key_size, value_size)
     start = Reshape(state, state_shape)
     causal = Trilu <upper = 0> (scores)
     within = MatMul(causal, v)
