@@ -60,6 +60,7 @@ _ALWAYS = ("head_dim", "num_key_value_heads", "n_routed_experts")  # also where 
 
 _FROM_PAD = {"max_position_embeddings": CONTEXT + 2}  # positions begin behind the padding token's id, 1
 _INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2}
+# All layers of an assistant share keys and values, and transformers 5.23.0 makes no Gemma 4 of which all do: neither can be made.
 _ASSISTANT = {"num_hidden_layers": 2, "num_kv_shared_layers": 2}
 _CONVOLUTION = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
@@ -86,12 +87,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2": _CONVOLUTION,
     "lfm2_moe": _CONVOLUTION,
     "mamba2": {"num_heads": 8},
-    "prophetnet": {"max_position_embeddings": CONTEXT + 2},
+    "prophetnet": {"max_position_embeddings": CONTEXT + 2, "num_buckets": 8},  # less than twice the largest distance
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "reformer": {"axial_pos_shape": [4, 6], "axial_pos_embds_dim": [16, 16], "num_hidden_layers": 2, "attn_layers": ["local", "lsh"]},
     "roberta": _FROM_PAD,
     "roberta-prelayernorm": _FROM_PAD,
+    "rwkv": {"num_hidden_layers": 2},  # it divides by their number less one
     "xlm-roberta": _FROM_PAD,
     "xlm-roberta-xl": _FROM_PAD,
     "xmod": {**_FROM_PAD, "default_language": "en_XX"},

@@ -85,6 +85,11 @@ FAMILIES = {
     "phi": Family("Phi", _GROUPED, norm="layer_norm", norms=2, activation="gelu", gated=False),
     "phi3": Family("Phi3", {**_GROUPED, "pad_token_id": 0}),
     "gpt-neox": Family("GPTNeoX", _SIZES, norm="layer_norm", activation="gelu", gated=False),
+    "falcon": Family(
+        "Falcon", {**_SIZES, "ffn_hidden_size": 48, "num_key_value_heads": 1}, norm="layer_norm", norms=2, activation="gelu", gated=False,
+    ),
+    "gptj": Family("GPTJ", {**_SIZES, "n_inner": 48, "rotary_dim": 4}, norm="layer_norm", norms=2, activation="gelu", gated=False),
+    "xglm": Family("XGLM", {**_SIZES, "ffn_dim": 48, "pad_token_id": 1}, norm="layer_norm", activation="gelu", gated=False, rotary=False),
     "opt": Family(
         "OPT", {**{k: v for k, v in _SIZES.items() if k != "intermediate_size"}, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1},
         norm="layer_norm", activation="relu", gated=False, rotary=False,

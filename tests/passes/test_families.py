@@ -73,7 +73,7 @@ def test_an_ffn_is_its_linear_layers_and_its_activation(name: str) -> None:
     assert found == gate * family.config["num_hidden_layers"]
 
 
-_FFN = re.compile(r"layers\.\d+\.(mlp|fc|activation_fn)")
+_FFN = re.compile(r"(layers|h)\.\d+\.(mlp|fc|activation_fn)")
 
 
 def _NORM(node: Node) -> bool:
