@@ -239,7 +239,8 @@ def _export(wrapper: _Logits, example: Tensor, source: str, retry: bool = True) 
     dynamic = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
     fixed: list[str] = []
     try:
-        with _fixed_sizes(fixed) if not retry else nullcontext():
+        # Without torch's cache of fake results: with open sizes it takes longer to look up than to compute.
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), _fixed_sizes(fixed) if not retry else nullcontext():
             return torch.export.export(wrapper, (example,), dynamic_shapes=dynamic, strict=False), example
     except NtcError:
         raise

@@ -23,6 +23,7 @@ class Shapes(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
+        self.cache_enabled = False  # torch's own: with open sizes it takes longer to look up than to compute
         self._results: dict[Hashable, Any] = {}
         self._keys: dict[int, tuple[Tensor, Hashable]] = {}  # by id; the tensor is held, so that nobody else gets its id
 

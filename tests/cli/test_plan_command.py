@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -22,9 +23,15 @@ SIZES = {
 
 
 def test_a_table_and_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each figure of the table stands in the JSON, whose stages are those of the recipe."""
-    monkeypatch.setattr(planning, "_BLOCKS", (1, 2))
-    monkeypatch.setattr(planning, "_WIDE", {"hidden": 128, "inner": 192, "vocab": 512, "heads": 4, "keys": 2, "width": 32})
+    """Each figure of the table stands in the JSON, whose stages are those of the recipe. What is measured is in tests/kernel/test_plan.py."""
+
+    def given(config: Any, recipe: Any, settings: Any, on_disk: bool, progress: Any) -> Any:
+        few = planning._miniature(config, 1, planning._NARROW)
+        run = planning._compiled(few, recipe, settings, on_disk, keep=True)
+        return run, tuple(planning.Rates(s.name, 1.0, 1.0, 0.001, 100.0, 2.0, on_disk) for s in run.stages)
+
+    monkeypatch.setattr(planning, "measure", given)
+    monkeypatch.setattr(planning, "_BLOCKS", (1, 1))
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     ran = run_ntc("plan", tmp_path / "config.json", "--recipe", "sdllm", "--json")
     assert ran.code == 0, ran.err
