@@ -22,7 +22,7 @@ from ntc.shards import in_float32
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["first_line", "folder_of", "hub_answers", "load_config", "load_model", "load_tokenizer"]
+__all__ = ["first_line", "folder_of", "hub_answers", "load_config", "load_model", "load_tokenizer", "quiet"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
     elif path.exists() and not (path / "config.json").is_file():
         raise CaptureError(f"{name} holds no config.json: it is not a Hugging Face model folder")
     offline = not path.exists() and not hub_answers(name)
-    with _quiet(transformers), _fast_gguf() if path.is_file() else nullcontext():
+    with quiet(transformers), _fast_gguf() if path.is_file() else nullcontext():
         config = _config(where, name, offline)
         try:
             # The bar of a GGUF file is one that no option of transformers hides.
@@ -88,7 +88,7 @@ def load_config(source: str | Path) -> Any:
     where: dict[str, Any] = _gguf(path) if path.suffix == _GGUF else {"pretrained_model_name_or_path": name}
     if path.is_dir() and not (path / "config.json").is_file():
         raise CaptureError(f"{name} holds no config.json: it is not a Hugging Face model folder")
-    with _quiet(transformers), _fast_gguf() if path.suffix == _GGUF else nullcontext():
+    with quiet(transformers), _fast_gguf() if path.suffix == _GGUF else nullcontext():
         return _config(where, name, offline=not path.exists() and not hub_answers(name))
 
 
@@ -184,7 +184,7 @@ def load_tokenizer(source: str | Path) -> Any | None:
     where = _gguf(path) if path.is_file() else {"pretrained_model_name_or_path": str(source)}
     if path.is_dir() and not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    with _quiet(transformers), _fast_gguf() if path.is_file() else nullcontext():
+    with quiet(transformers), _fast_gguf() if path.is_file() else nullcontext():
         try:
             return transformers.AutoTokenizer.from_pretrained(**where, local_files_only=path.exists() or not hub_answers(str(source)))
         except Exception as error:  # noqa: BLE001 - a model without a usable tokenizer still compiles
@@ -193,7 +193,7 @@ def load_tokenizer(source: str | Path) -> Any | None:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Keep transformers' warnings and progress bars out of our output."""
     log = transformers.utils.logging
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()

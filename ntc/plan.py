@@ -30,7 +30,7 @@ from torch import Tensor
 from ntc import artifact
 from ntc.errors import ConfigError
 from ntc.frontend import capture
-from ntc.loading import load_config
+from ntc.loading import load_config, quiet
 from ntc.pipeline import Context, run_pipeline
 from ntc.program import Program
 from ntc.recipe import Recipe, Settings
@@ -276,13 +276,14 @@ def _parameters(config: Any) -> int:
 
 def _compiled(config: Any, recipe: Recipe, settings: Settings, on_disk: bool, keep: bool) -> _Run:
     """Compile a miniature stage by stage, measuring each; ``keep`` all programs, or as many as a compilation holds."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     passes, stages = recipe.build(settings, find_pass), list[Stage]()
     with tempfile.TemporaryDirectory() as name, torch.random.fork_rng(devices=[]), offered(Path(name), -1 if on_disk else 1 << 62):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=_dtype(config))
-        model.save_pretrained(Path(name) / "model")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=_dtype(config))
+        with quiet(transformers):
+            model.save_pretrained(Path(name) / "model")
         del model
         with _measured("capture", stages):
             analog = program = capture(Path(name) / "model")

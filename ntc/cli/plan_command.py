@@ -52,7 +52,8 @@ def plan_(
 def _show(console: Console, data: dict[str, Any], measured: bool) -> None:
     about = f"  {data['architecture']}, {data['parameters'] / 1e6:,.1f} M parameters in {data['blocks']} blocks, recipe {data['recipe']}"
     console.print(Text(data["source"], "bold").append(about, "not bold dim"))
-    heading(console, "What compiling it takes", f"processor time of this machine, measured with {data['threads']} threads")
+    threads = f"{data['threads']} thread{'s' if data['threads'] > 1 else ''}"
+    heading(console, "What compiling it takes", f"processor time of this machine, measured with {threads}")
     rows = table("stage", ">time", ">memory", ">weights held")
     for stage in data["stages"]:
         rows.add_row(stage["name"], duration(stage["cpu_seconds"]), data_size(stage["memory_bytes"]), data_size(stage["weight_bytes"]))

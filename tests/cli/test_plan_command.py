@@ -35,6 +35,7 @@ def test_a_table_and_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     ran = run_ntc("plan", tmp_path / "config.json", "--recipe", "sdllm", "--json")
     assert ran.code == 0, ran.err
+    assert "shards" not in ran.err, "progress of a library that saves the miniatures"
     data = ran.json
     check_keys("plan", data)
     assert [s["name"] for s in data["stages"]] == ["capture", "canonicalize", "fold-norms", "rotate", "encode-linears", "write"]
