@@ -5,7 +5,7 @@ One mechanism for both forms of a program: a file of the streaming one takes and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,20 +114,20 @@ class Exposed:
                 model.graph.input.append(helper.make_tensor_value_info(value, onnx_type(dtype), shape))
                 nodes[name].output[0] = self._outputs[name]
             model.graph.output.append(helper.make_tensor_value_info(self._outputs[name], onnx_type(dtype), shape))
-        self.sources = self._cut_sources(model, nodes, populations.values()) if cut else ()
+        self.sources = self._cut_sources(model, nodes, populations) if cut else ()
         known = set(self._values.values())
         kept = [i for i in model.graph.value_info if i.name not in known]
         del model.graph.value_info[:]
         model.graph.value_info.extend(kept)
         self._session = session(model.SerializeToString(), path.parent)
 
-    def _cut_sources(self, model: onnx.ModelProto, nodes: Mapping[str, onnx.NodeProto], populations: Iterable[Node]) -> tuple[str, ...]:
+    def _cut_sources(self, model: onnx.ModelProto, nodes: Mapping[str, onnx.NodeProto], populations: Mapping[str, Node]) -> tuple[str, ...]:
         """Make inputs of the values that spikes were made of, for those that read both."""
         found: dict[str, Node] = {}
-        for reader, source in sources(populations).items():
+        for reader, source in sources(populations.values()).items():
             if reader.name not in nodes:
                 raise DisagreementError(f"the model has no node {reader.name}")
-            population, place = next(n for n in reader.all_input_nodes if n.name in self._values), reader.args.index(source)
+            population, place = next(n for n in reader.all_input_nodes if n.name in populations), reader.args.index(source)
             given, made_of = nodes[reader.name].input[place], nodes[population.name].input[population.args.index(source)]
             if given != made_of:
                 raise DisagreementError(f"node {reader.name} of the model reads {given} beside spikes that are made of {made_of}")
