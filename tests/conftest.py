@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
 
@@ -44,3 +45,17 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         compare_golden(GOLDEN / f"{name}.txt", text, update=request.config.getoption("--update-golden"))
 
     return check
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For plans: miniatures are compiled once, and what they cost is given, a second each, and as much for a block and for 1000 parameters."""
+    from ntc import plan as planning
+
+    def given(config: Any, recipe: Any, settings: Any, on_disk: bool, progress: Any) -> Any:
+        few = planning._miniature(config, planning._BLOCKS[1], planning._NARROW)
+        run = planning._compiled(few, recipe, settings, on_disk, keep=True)
+        return run, tuple(planning.Rates(s.name, 1.0, 1.0, 0.001, 100.0, 2.0, on_disk) for s in run.stages)
+
+    monkeypatch.setattr(planning, "measure", given)
+    monkeypatch.setattr(planning, "_BLOCKS", (1, 2))

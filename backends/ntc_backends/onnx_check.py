@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from ntc.errors import BackendError, DisagreementError
 from ntc.meta import where
-from ntc.program import Program, interpret
+from ntc.program import Program
 from ntc.recording import Recorded, neurons_of, populations, record
 from ntc.rounding import limits, margins
 from ntc_backends.onnx_run import Exposed, session
@@ -149,11 +149,11 @@ def _unequal(program: Program, node: Node, ours: Tensor, theirs: Tensor) -> tupl
     if node.target is not torch.ops.ntc.digit_neuron.default:
         return int((ours != theirs).sum()), ours.numel(), 0.0, "spikes"
     weights = program.tensor(node.args[2]).detach()  # type: ignore[arg-type]
-    off = (torch.tensordot(weights, ours - theirs.to(ours.dtype), dims=1)).abs()
+    off = (torch.tensordot(weights, ours.to(weights.dtype) - theirs.to(weights.dtype), dims=1)).abs()
     most = float(weights.sum())
     if bool((off > 2.5).any()):
         return int((off > 2.5).sum()), 0, 0.0, "numbers differ by more than two steps"
-    return int((off > 0.25).sum()), off.numel(), 16 * torch.finfo(ours.dtype).eps * most, "numbers"
+    return int((off > 0.25).sum()), off.numel(), 16 * torch.finfo(weights.dtype).eps * most, "numbers"
 
 
 def _no_ties(node: Node, one: Recorded, got: Tensor, reach: Mapping[str, Tensor]) -> int:
@@ -184,19 +184,9 @@ def _held(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance) ->
     """
     trains = populations(program)
     ids = tokens[:1, : _length(trains.values(), tokens.shape[1])]
-    expected: dict[str, Tensor] = {}
-
-    model, sources = Exposed(path, trains, cut=True), dict[str, Tensor]()
-
-    def keep(node: Node, _: tuple[Any, ...], value: Any) -> None:
-        if node.name in trains:
-            expected[node.name] = value
-        elif node.name in model.sources:
-            sources[node.name] = value
-
-    with torch.no_grad():
-        logits = interpret(program, ids, keep)
-    found, got = model.run(ids, {**expected, **sources})
+    one, model = record(program, ids, 0), Exposed(path, trains, cut=True)
+    expected, logits = one.trains, one.logits
+    found, got = model.run(ids, {**expected, **{name: one.values[name] for name in model.sources}})
     difference = float((found - logits).abs().max())
     differing = {name: int((got[name] != value).sum()) for name, value in expected.items()}
     report = {
@@ -204,17 +194,15 @@ def _held(path: Path, program: Program, tokens: Tensor, tolerance: Tolerance) ->
         "top1_agreement": float((found.argmax(-1) == logits.argmax(-1)).double().mean()),
         "spikes": sum(v.numel() for v in expected.values()), "spike_mismatches": sum(differing.values()),
     }  # fmt: skip
-    rounded: tuple[Recorded, Mapping[str, Tensor]] | None = None
+    reach: Mapping[str, Tensor] | None = None
     for name in differing:
         count, total, share, what = _unequal(program, trains[name], expected[name], got[name])
         allowed = max(tolerance.ties, math.floor(max(tolerance.spikes, share) * total)) if total else 0
         if count > allowed:
             of = f"{count} {what}"
             if total:  # more than usual; whether they are ties all the same takes four more runs
-                if rounded is None:
-                    one = record(program, ids, 0)
-                    rounded = one, limits(program, one).membranes
-                if not (wrong := _no_ties(trains[name], rounded[0], got[name], rounded[1])):
+                reach = reach if reach is not None else limits(program, one).membranes
+                if not (wrong := _no_ties(trains[name], one, got[name], reach)):
                     continue
                 of = f"{count} of {total} {what} differ (limit {allowed}), and {wrong} neurons are no ties,"
             raise DisagreementError(f"ONNX Runtime disagrees with the program: on equal input {of} at {where(trains[name])}")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from ntc import plan as planning
 from ntc.cli.output import data_size, duration
 from ntc.cli.plan_command import _show
 from tests.cli.conftest import run_ntc
@@ -22,16 +20,9 @@ SIZES = {
 }  # fmt: skip
 
 
-def test_a_table_and_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_a_table_and_its_json(tmp_path: Path) -> None:
     """Each figure of the table stands in the JSON, whose stages are those of the recipe. What is measured is in tests/kernel/test_plan.py."""
-
-    def given(config: Any, recipe: Any, settings: Any, on_disk: bool, progress: Any) -> Any:
-        few = planning._miniature(config, 1, planning._NARROW)
-        run = planning._compiled(few, recipe, settings, on_disk, keep=True)
-        return run, tuple(planning.Rates(s.name, 1.0, 1.0, 0.001, 100.0, 2.0, on_disk) for s in run.stages)
-
-    monkeypatch.setattr(planning, "measure", given)
-    monkeypatch.setattr(planning, "_BLOCKS", (1, 1))
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     ran = run_ntc("plan", tmp_path / "config.json", "--recipe", "sdllm", "--json")
     assert ran.code == 0, ran.err

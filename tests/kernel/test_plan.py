@@ -14,8 +14,8 @@ import ntc
 from ntc import plan as planning
 from ntc.artifact import save
 from ntc.errors import CaptureError, ConfigError
-from ntc.plan import Plan, Rates, plan
-from ntc.recipe import Recipe, Settings
+from ntc.plan import Plan, plan
+from ntc.recipe import Settings
 
 SIZES = {
     "vocab_size": 480, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -23,19 +23,6 @@ SIZES = {
 }  # fmt: skip
 MEDIUM = {"hidden": 512, "inner": 1408, "vocab": 4096, "heads": 8, "keys": 4, "width": 64}
 STAGES = ("capture", "canonicalize", "fold-norms", "rotate", "encode-linears", "write")
-
-
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Miniatures are compiled once, and what they cost is given: a second each, and as much for a block and for 1000 parameters."""
-
-    def given(config: Any, recipe: Recipe, settings: Settings, on_disk: bool, progress: Any) -> Any:
-        few = planning._miniature(config, planning._BLOCKS[1], planning._NARROW)
-        run = planning._compiled(few, recipe, settings, on_disk, keep=True)
-        return run, tuple(Rates(s.name, 1.0, 1.0, 0.001, 100.0, 2.0, on_disk) for s in run.stages)
-
-    monkeypatch.setattr(planning, "measure", given)
-    monkeypatch.setattr(planning, "_BLOCKS", (1, 2))
 
 
 def saved(folder: Path, config: Any) -> Path:
